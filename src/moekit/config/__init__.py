@@ -1,0 +1,1 @@
+"""Typed, frozen configuration beside each concept."""

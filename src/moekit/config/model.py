@@ -1,0 +1,124 @@
+"""Configuration of the models: the decoder (dense or MoE in each layer) and the Transformer-XL baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from moekit.config.base import StrictConfig
+from moekit.config.errors import ConfigError, require
+from moekit.config.moe import Activation, MoEConfig
+
+
+class ModelConfig(StrictConfig):
+    """A decoder whose shapes cover Llama, Qwen3, Mixtral, OLMoE, Qwen2/3-MoE and DeepSeek-style experts.
+
+    A layer is sparse where `moe` is given and the layer is not among the dense ones
+    (`n_dense_layers` first, then one sparse layer in every `moe_every`).
+    """
+
+    kind: Literal["decoder"] = "decoder"
+    vocab_size: int = Field(default=4096, ge=2, description="number of token ids")
+    d_model: int = Field(default=256, ge=2, description="width of the hidden states")
+    n_layers: int = Field(default=4, ge=1, description="transformer layers")
+    n_heads: int = Field(default=4, ge=1, description="query heads")
+    n_kv_heads: int | None = Field(default=None, ge=1, description="key/value heads; n_heads where null")
+    d_head: int | None = Field(default=None, ge=2, description="width of a head; d_model / n_heads where null")
+    d_ff: int = Field(default=688, ge=1, description="inner width of the dense feed-forward layers")
+    activation: Activation = Field(default="swiglu", description="activation of the dense feed-forward layers")
+    max_seq_len: int = Field(default=256, ge=1, description="longest sequence, in tokens")
+    rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary embedding")
+    norm_eps: float = Field(default=1e-6, gt=0, description="epsilon of RMSNorm")
+    qk_norm: Literal["none", "head", "full"] = Field(
+        default="none", description="RMSNorm of queries and keys: none, per head (Qwen3) or over all heads (OLMoE)"
+    )
+    attention_bias: bool = Field(default=False, description="biases on the query, key and value maps (Qwen2)")
+    tie_embeddings: bool = Field(default=True, description="one matrix for the embedding and the output")
+    moe: MoEConfig | None = Field(default=None, description="the sparse layers; null for a dense model")
+    n_dense_layers: int = Field(default=0, ge=0, description="layers at the start that stay dense (DeepSeek)")
+    moe_every: int = Field(default=1, ge=1, description="one layer in this many is sparse")
+    allow_noncausal_router: bool = Field(
+        default=False, description="accept a router that looks at later tokens although the model predicts them"
+    )
+    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights")
+
+    @model_validator(mode="after")
+    def _rules(self) -> ModelConfig:
+        if self.d_head is None:
+            require(self.d_model % self.n_heads == 0, "d_model", self.d_model,
+                    f"must be a multiple of n_heads ({self.n_heads})", "Or set d_head")  # fmt: skip
+        require(self.n_heads % self.kv_heads == 0, "n_heads", self.n_heads,
+                f"must be a multiple of n_kv_heads ({self.kv_heads})")  # fmt: skip
+        require(self.head_width % 2 == 0, "d_head", self.head_width, "must be even for the rotary embedding")
+        if self.moe is not None:
+            require(any(self.is_moe_layer(i) for i in range(self.n_layers)), "n_dense_layers", self.n_dense_layers,
+                    f"leaves no sparse layer among {self.n_layers}", "Lower it, or remove moe")  # fmt: skip
+            require(self.moe.d_out in (None, self.d_model), "moe.d_out", self.moe.d_out,
+                    f"must be null or d_model ({self.d_model}) inside a model")  # fmt: skip
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads if self.n_kv_heads is not None else self.n_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.d_head if self.d_head is not None else self.d_model // self.n_heads
+
+    def is_moe_layer(self, index: int) -> bool:
+        """Whether layer `index` (from 0) is sparse."""
+        if self.moe is None or index < self.n_dense_layers:
+            return False
+        return (index - self.n_dense_layers) % self.moe_every == self.moe_every - 1
+
+
+class TransformerXLConfig(StrictConfig):
+    """The Transformer-XL baseline (Dai et al. 2019): segment recurrence with relative positions."""
+
+    kind: Literal["transformer_xl"] = "transformer_xl"
+    vocab_size: int = Field(default=4096, ge=2, description="number of token ids")
+    d_model: int = Field(default=256, ge=2, description="width of the hidden states")
+    n_layers: int = Field(default=4, ge=1, description="transformer layers")
+    n_heads: int = Field(default=4, ge=1, description="attention heads")
+    d_head: int | None = Field(default=None, ge=1, description="width of a head; d_model / n_heads where null")
+    d_ff: int = Field(default=1024, ge=1, description="inner width of the ReLU feed-forward layers")
+    max_seq_len: int = Field(default=256, ge=1, description="length of a segment, in tokens")
+    memory_length: int = Field(default=256, ge=0, description="hidden states of earlier segments kept, in training")
+    eval_memory_length: int | None = Field(
+        default=None, ge=0, description="hidden states kept at evaluation; memory_length where null"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout of attention and feed-forward outputs")
+    pre_norm: bool = Field(default=False, description="layer norm before each block instead of after (the paper's)")
+    tie_embeddings: bool = Field(default=True, description="one matrix for the embedding and the output")
+    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights")
+
+    @model_validator(mode="after")
+    def _rules(self) -> TransformerXLConfig:
+        if self.d_head is None:
+            require(self.d_model % self.n_heads == 0, "d_model", self.d_model,
+                    f"must be a multiple of n_heads ({self.n_heads})", "Or set d_head")  # fmt: skip
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.d_head if self.d_head is not None else self.d_model // self.n_heads
+
+
+def _default_kind(value: Any) -> Any:
+    return {"kind": "decoder", **value} if isinstance(value, Mapping) else value
+
+
+AnyModelConfig = Annotated[
+    Annotated[ModelConfig | TransformerXLConfig, Field(discriminator="kind")], BeforeValidator(_default_kind)
+]
+
+
+def model_config_from_dict(data: dict, where: str = "model") -> ModelConfig | TransformerXLConfig:
+    """Plain data to the configuration class that its `kind` names (decoder where absent)."""
+    kinds = {"decoder": ModelConfig, "transformer_xl": TransformerXLConfig}
+    kind = data.get("kind", "decoder")
+    if kind not in kinds:
+        raise ConfigError(f"{where}.kind must be one of {', '.join(kinds)}; got {kind!r}")
+    return kinds[kind].from_dict(data, where)  # type: ignore[attr-defined,no-any-return]

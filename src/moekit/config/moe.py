@@ -1,0 +1,136 @@
+"""Configuration of one Mixture-of-Experts layer: router, experts, aggregation and balancing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from moekit.config.base import StrictConfig
+from moekit.config.errors import require
+
+Activation = Literal["swiglu", "gelu", "relu", "sigmoid"]
+Combine = Literal["weighted_sum", "winner", "vote_soft", "vote_hard"]
+DropPolicy = Literal["position", "probability"]
+
+
+class RouterConfig(StrictConfig):
+    """A router by its registered name, with the options of its class.
+
+    YAML accepts the name alone (`router: softmax`) or a mapping whose further keys are the options
+    (`router: {name: softmax, normalize: before}`). The options are checked when the layer is built, because
+    a user's own router brings its own.
+    """
+
+    name: str = "softmax"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_short_forms(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and "options" not in value:
+            rest = {key: item for key, item in value.items() if key != "name"}
+            return {"name": value.get("name", "softmax"), "options": rest}
+        return value
+
+
+class NullExpertsConfig(StrictConfig):
+    """Experts that cost nothing (MoE++, Jin et al. 2024): how many of each kind stand behind the real ones."""
+
+    zero: int = Field(default=0, ge=0, description="experts that return zero: the token skips the layer")
+    copy_input: int = Field(default=0, ge=0, description="experts that return their input unchanged")
+    constant: int = Field(default=0, ge=0, description="experts that mix their input with one learned vector")
+
+    @property
+    def total(self) -> int:
+        return self.zero + self.copy_input + self.constant
+
+
+class BalanceConfig(StrictConfig):
+    """How the load of the experts is kept even. Coefficients weight the losses in training, nowhere else."""
+
+    load_balance: float = Field(default=0.01, ge=0, description="coefficient of E * sum(f * P), 1 at perfect balance")
+    scope: Literal["global_batch", "sequence"] = Field(
+        default="global_batch",
+        description="over which tokens f and P are taken: all of the optimizer step, or each sequence by itself",
+    )
+    router_z: float = Field(default=0.001, ge=0, description="coefficient of the mean squared log-sum-exp of logits")
+    importance: float = Field(default=0.0, ge=0, description="coefficient of the squared variation of expert weight")
+    load: float = Field(default=0.0, ge=0, description="coefficient of the squared variation of expected load (noisy)")
+    bias_update_rate: float = Field(
+        default=0.0, ge=0, description="auxiliary-loss-free balancing: b += rate * sign(mean load - load) each step"
+    )
+    router_loss: float = Field(
+        default=1.0, ge=0, description="factor of losses that a router brings by itself (ReMoE's L1)"
+    )
+
+
+class MoEConfig(StrictConfig):
+    """One Mixture-of-Experts layer; `d_model` comes from the model around it."""
+
+    n_experts: int = Field(default=8, ge=1, description="routed experts that compute")
+    d_expert: int = Field(default=512, ge=1, description="inner width of each expert")
+    top_k: int = Field(default=2, ge=1, description="experts chosen for each token")
+    router: RouterConfig = Field(default_factory=RouterConfig, description="the rule that chooses")
+    activation: Activation = Field(default="swiglu", description="activation of the experts")
+    bias: bool = Field(default=False, description="whether the experts' linear maps have biases")
+    d_out: int | None = Field(default=None, ge=1, description="output width of each expert; d_model where null")
+    n_shared_experts: int = Field(default=0, ge=0, description="experts that every token passes")
+    d_shared: int | None = Field(
+        default=None, ge=1, description="inner width of all shared experts together; n_shared_experts * d_expert if null"
+    )
+    shared_gate: bool = Field(default=False, description="scale the shared expert by a learned sigmoid (Qwen2-MoE)")
+    linear_path: bool = Field(default=False, description="add xW to the experts' answer: y = xW + g(x)v")
+    null_experts: NullExpertsConfig = Field(
+        default_factory=NullExpertsConfig, description="experts without computation, chosen like the others"
+    )
+    combine: Combine = Field(default="weighted_sum", description="how the answers of a token's experts become one")
+    weight_scale: float = Field(default=1.0, gt=0, description="factor on all combine weights (DeepSeek's scaling)")
+    capacity_factor: float | None = Field(
+        default=None, gt=0, description="rows an expert accepts, over the mean; null never drops a token"
+    )
+    drop_policy: DropPolicy = Field(
+        default="position", description="which rows stay when an expert is full: the earliest or the most probable"
+    )
+    balance: BalanceConfig = Field(default_factory=BalanceConfig, description="load balancing")
+    kernel: str = Field(default="auto", description="implementation of the experts; auto takes the fastest that fits")
+
+    @field_validator("balance", mode="before")
+    @classmethod
+    def _no_balance(cls, value: Any) -> Any:
+        return BalanceConfig(load_balance=0.0, router_z=0.0) if value in (None, False) else value
+
+    @model_validator(mode="after")
+    def _rules(self) -> MoEConfig:
+        n_choices = self.n_experts + self.null_experts.total
+        require(self.top_k <= n_choices, "top_k", self.top_k, f"must be in 1..n_experts ({n_choices})")
+        require(
+            self.d_shared is None or self.n_shared_experts > 0, "d_shared", self.d_shared,
+            "needs n_shared_experts of at least 1", "Set n_shared_experts: 1 or remove d_shared",
+        )  # fmt: skip
+        require(
+            not self.shared_gate or self.n_shared_experts > 0, "shared_gate", self.shared_gate,
+            "needs n_shared_experts of at least 1", "Set n_shared_experts: 1 or remove shared_gate",
+        )  # fmt: skip
+        votes = self.combine.startswith("vote")
+        side_paths = self.n_shared_experts > 0 or self.linear_path or self.null_experts.total > 0
+        require(
+            not (votes and side_paths), "combine", self.combine,
+            "needs plain experts: shared, null and linear paths cast no vote", "Use combine: weighted_sum",
+        )  # fmt: skip
+        return self
+
+    @property
+    def n_choices(self) -> int:
+        """Experts a router chooses from: the real ones and, behind them, the null ones."""
+        return self.n_experts + self.null_experts.total
+
+    @property
+    def shared_width(self) -> int:
+        """Inner width of the shared experts together; 0 where there are none."""
+        if self.n_shared_experts == 0:
+            return 0
+        return self.d_shared if self.d_shared is not None else self.n_shared_experts * self.d_expert

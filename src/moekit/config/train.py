@@ -1,0 +1,76 @@
+"""Configuration of training and of a whole run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moekit.config.base import StrictConfig
+from moekit.config.data import DataConfig
+from moekit.config.errors import require
+from moekit.config.model import AnyModelConfig, ModelConfig
+
+
+class OptimizerConfig(StrictConfig):
+    """AdamW in groups: matrices with weight decay; norms, biases and embeddings without; router and experts apart."""
+
+    lr: float = Field(default=3e-3, gt=0, description="peak learning rate of the matrices")
+    router_lr_scale: float = Field(default=1.0, gt=0, description="factor on lr for routers")
+    expert_lr_scale: float = Field(default=1.0, gt=0, description="factor on lr for expert matrices")
+    embedding_lr_scale: float = Field(default=1.0, gt=0, description="factor on lr for embeddings")
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay of matrices")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's running-average factors")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+
+
+class ScheduleConfig(StrictConfig):
+    """Learning-rate schedule over optimizer steps."""
+
+    kind: Literal["cosine", "wsd", "constant"] = Field(
+        default="cosine", description="warm-up then cosine, warm-up then stable then decay, or warm-up then constant"
+    )
+    warmup_steps: int = Field(default=40, ge=0, description="steps of linear warm-up")
+    decay_share: float = Field(default=0.3, gt=0, le=1, description="share of the steps in the decay of wsd")
+    final_scale: float = Field(default=0.05, ge=0, le=1, description="learning rate at the end, as a share of the peak")
+
+
+class TrainConfig(StrictConfig):
+    """The training loop."""
+
+    steps: int = Field(default=300, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=16, ge=1, description="sequences in an optimizer step, over all micro-batches")
+    accumulation: int = Field(default=1, ge=1, description="micro-batches in an optimizer step")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    gradient_clip: float = Field(default=1.0, gt=0, description="largest norm of the whole gradient")
+    precision: Literal["auto", "bf16", "float32"] = Field(
+        default="auto", description="autocast type; auto takes bf16 where the machine has it in hardware"
+    )
+    recompute: bool = Field(default=False, description="recompute activations in the backward pass to save memory")
+    device: str = Field(default="auto", description="cpu, cuda, cuda:N, mps or auto")
+    seed: int = Field(default=0, ge=0, description="seed of initial weights, data order and routing noise")
+    validate_every: int = Field(default=100, ge=0, description="steps between validations; 0 validates at the end only")
+    validation_batches: int = Field(default=8, ge=1, description="batches in each validation during training")
+    checkpoint_every: int = Field(default=200, ge=0, description="steps between checkpoints; 0 saves at the end only")
+    keep_checkpoints: int = Field(default=2, ge=1, description="checkpoints that stay on disk")
+    log_every: int = Field(default=10, ge=1, description="steps between lines of metrics")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(), description="further trackers beside the JSONL file"
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> TrainConfig:
+        require(self.batch_size % self.accumulation == 0, "batch_size", self.batch_size,
+                f"must be a multiple of accumulation ({self.accumulation})")  # fmt: skip
+        return self
+
+
+class RunConfig(StrictConfig):
+    """Everything that defines a run; stored beside it as config.yaml."""
+
+    name: str = Field(default="run", description="name of the run, part of its folder")
+    runs_dir: str = Field(default="runs", description="folder that holds the folders of runs")
+    model: AnyModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
