@@ -1,0 +1,7 @@
+"""`python -m moekit` is `moekit`."""
+
+import sys
+
+from moekit.cli.main import main
+
+sys.exit(main())

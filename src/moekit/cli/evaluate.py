@@ -1,0 +1,28 @@
+"""moekit evaluate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moekit.cli.output import json_option, print_json, print_tables, progress_to_stderr
+
+
+@click.command("evaluate")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--max-batches", type=click.IntRange(min=1), help="stop after this many batches of each domain")
+@json_option
+def command(run: Path, max_batches: int | None, as_json: bool) -> None:
+    """Measure a run: bits per byte per domain, speed, memory and balance.
+
+    RUN is the folder of a run; its last checkpoint is measured on the validation split and the held-out domain.
+    """
+    with progress_to_stderr(as_json):
+        from moekit.evaluate.run import evaluate_run
+
+        answer = evaluate_run(run, max_batches=max_batches)
+    if as_json:
+        print_json(answer)
+    else:
+        print_tables(answer, f"Evaluation of {run}")

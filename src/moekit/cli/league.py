@@ -1,0 +1,48 @@
+"""moekit league"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moekit.cli.output import json_option, print_json, progress_to_stderr
+
+
+@click.command("league")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/league"), show_default=True,
+              help="folder for the table and the runs")  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="steps of each router")
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="seeds for each router")
+@click.option("--router", "routers", multiple=True, metavar="NAME", help="only this router; may be repeated")
+@click.option("--short", is_flag=True, help="smaller models and fewer steps, to see that everything runs")
+@json_option
+def command(out: Path, steps: int, seeds: int, routers: tuple[str, ...], short: bool, as_json: bool) -> None:
+    """Train every causal router for the same steps and rank them in one table.
+
+    Columns: loss, max violation, entropy of the load, mean active experts and time.
+    """
+    with progress_to_stderr(as_json):
+        from moekit.recipes.league import run_league
+
+        answer = run_league(out=out, steps=steps, seeds=seeds, routers=list(routers) or None, short=short)
+    if as_json:
+        print_json(answer)
+        return
+    table = answer.get("table")
+    if table:
+        _show(table)
+
+
+def _show(content: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from moekit.cli.output import _cell
+
+    table = Table(title="Router league", title_justify="left")
+    for position, column in enumerate(content["columns"]):
+        table.add_column(column, justify="left" if position == 0 else "right")
+    for row in content["rows"]:
+        table.add_row(*(_cell(value) for value in row))
+    Console().print(table)

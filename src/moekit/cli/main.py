@@ -1,0 +1,117 @@
+"""Entry point: the table of verbs, and how every ending becomes an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from moekit import __version__
+from moekit.config.errors import MoekitError, nearest
+
+# verb: (section, sentence). The sentence stands here so that --help imports no verb; a test compares it with the verb's.
+VERBS: dict[str, tuple[str, str]] = {
+    "quickstart": ("Start", "Train a dense, a recurrent and a sparse model on real text and compare them."),
+    "doctor": ("Start", "Look at this machine: what moekit will use, what is missing and how to get it."),
+    "plan": ("Train", "Parameters, memory, FLOPs and time of a run, before anything runs."),
+    "train": ("Train", "Train a model from a YAML configuration."),
+    "resume": ("Train", "Go on with a run from its last checkpoint."),
+    "evaluate": ("Measure", "Measure a run: bits per byte per domain, speed, memory and balance."),
+    "generate": ("Measure", "Continue a prompt with the model of a run."),
+    "league": ("Measure", "Train every causal router for the same steps and rank them in one table."),
+    "config": ("Look up", "Explain a configuration key, or show a whole configuration."),
+    "data": ("Look up", "List the named corpora, or describe one."),
+}
+
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPT, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
+
+
+class VerbGroup(click.Group):
+    """A group that knows its verbs by name and imports one only when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        verb: click.Command = importlib.import_module(f"moekit.cli.{cmd_name}").command
+        return verb
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            raise click.UsageError(f"no verb {args[0]!r}: {nearest(args[0], VERBS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, VERBS))
+        for section in dict.fromkeys(section for section, _ in VERBS.values()):
+            rows = [(f"{name:<{width}}", words) for name, (part, words) in VERBS.items() if part == section]
+            with formatter.section(section):
+                formatter.write_dl(rows)
+
+
+@click.group(
+    cls=VerbGroup,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Start with: moekit quickstart. Help on a verb: moekit VERB --help.",
+)
+@click.version_option(__version__, prog_name="moekit", message="%(prog)s %(version)s")
+def cli() -> None:
+    """The Mixture-of-Experts toolkit for PyTorch."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; nothing that a user can cause ends in a traceback.
+
+    MOEKIT_DEBUG=1 shows the traceback of an error that is reported in one paragraph otherwise.
+    """
+    try:
+        result = cli.main(args=arguments, prog_name="moekit", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else EXIT_OK
+    except MoekitError as error:
+        return _report(error, error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return EXIT_USAGE
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return EXIT_INTERRUPT
+    except BrokenPipeError:
+        _silence_stdout()
+        return EXIT_BROKEN_PIPE
+    except SystemExit as stop:
+        # click turns a broken pipe into an exit of its own
+        if isinstance(stop.__context__, BrokenPipeError):
+            _silence_stdout()
+            return EXIT_BROKEN_PIPE
+        raise
+    except OSError as error:
+        return _report(error, EXIT_FAILURE)
+
+
+def _report(error: Exception, code: int) -> int:
+    if os.environ.get("MOEKIT_DEBUG", "0") not in ("", "0"):
+        import traceback
+
+        traceback.print_exception(error)
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+    return code
+
+
+def _silence_stdout() -> None:
+    """Let the interpreter's last flush go nowhere; the reader of the pipe has left."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):
+        pass

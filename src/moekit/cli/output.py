@@ -1,0 +1,106 @@
+"""What every verb shares: options, JSON on standard output, and tables for people."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(function: F) -> F:
+    """Adds --json, passed as `as_json`."""
+    text = "print the answer as JSON on standard output, and nothing else there"
+    return click.option("--json", "as_json", is_flag=True, help=text)(function)
+
+
+def overrides_argument(function: F) -> F:
+    """Adds [KEY=VALUE]..., passed as `overrides`."""
+    return click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function)
+
+
+@contextlib.contextmanager
+def progress_to_stderr(active: bool) -> Iterator[None]:
+    """While `active`, what is printed goes to standard error, so that standard output holds only the answer."""
+    with contextlib.redirect_stdout(sys.stderr) if active else contextlib.nullcontext():
+        yield
+
+
+def print_json(answer: Any) -> None:
+    """One JSON document; NaN and infinity become null, which JSON can hold."""
+    click.echo(json.dumps(_json_ready(answer), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def print_tables(answer: Mapping[str, Any], title: str) -> None:
+    """A nested answer as tables: single values first, then one table for each group."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    singles = {key: value for key, value in answer.items() if not isinstance(value, Mapping)}
+    if singles:
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for key, value in singles.items():
+            table.add_row(key.replace("_", " "), _cell(value))
+        console.print(table)
+    for key, value in answer.items():
+        if isinstance(value, Mapping):
+            name = f"{title}: {key}" if not singles else key
+            print_tables(value, name.replace("_", " "))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value)
+    return str(value)
+
+
+def in_units(number: float, unit: str = "", base: int = 1000) -> str:
+    """A large number with its prefix.
+
+    >>> in_units(4_500_000), in_units(3 * 2**30, "B", base=1024), in_units(12, "FLOP")
+    ('4.50 M', '3.00 GiB', '12 FLOP')
+    """
+    prefixes = ["", "k", "M", "G", "T", "P", "E"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"]
+    power = 0
+    while abs(number) >= base and power < len(prefixes) - 1:
+        number, power = number / base, power + 1
+    return f"{number:.2f} {prefixes[power]}{unit}".strip() if power else f"{number:.0f} {unit}".strip()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    >>> duration(42.4), duration(185), duration(7300), duration(200_000)
+    ('42 s', '3 min 5 s', '2 h 2 min', '2 d 8 h')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    total = round(seconds)
+    for big, small, size, step in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
+        if total >= size:
+            return f"{total // size} {big} {total % size // step} {small}"
+    return f"{total} s"

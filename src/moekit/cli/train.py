@@ -1,0 +1,37 @@
+"""moekit train"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moekit.cli.output import json_option, overrides_argument, print_json, print_tables, progress_to_stderr
+
+
+@click.command("train")
+@click.argument("config", type=click.Path(path_type=Path))
+@overrides_argument
+@json_option
+@click.option("--quiet", is_flag=True, help="no live view; warnings and the answer only")
+def command(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+    """Train a model from a YAML configuration.
+
+    CONFIG is a YAML file; KEY=VALUE changes single keys of it. Everything about the run (configuration, metrics,
+    checkpoints) lies in one new folder, whose path is printed.
+
+    \b
+        moekit train examples/moe-small.yaml
+        moekit train examples/moe-small.yaml train.steps=500 model.moe.router=sigmoid
+    """
+    from moekit.config.loading import load_run_config
+
+    run_config = load_run_config(config, overrides)
+    with progress_to_stderr(as_json):
+        from moekit.train.run import train_run
+
+        result = train_run(run_config, quiet=quiet)
+    if as_json:
+        print_json({"folder": result.folder, "final": result.final})
+    else:
+        print_tables({"folder": str(result.folder), **result.final}, "Finished")

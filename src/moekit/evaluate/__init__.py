@@ -1,0 +1,1 @@
+"""How good, how fast, how balanced: metrics, comparisons with dense twins, cost accounting and reports."""

@@ -1,0 +1,1 @@
+"""The hot operations: a plain reference beside each fast path, and one registry that picks."""

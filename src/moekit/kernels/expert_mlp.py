@@ -1,0 +1,88 @@
+"""The experts' feed-forward: rows sorted by expert through one small MLP per expert.
+
+Shapes: rows `[R, D]` sorted by expert, `tokens_per_expert` `[E]` summing to R, `w_in` `[E, G*F, D]` where G is 2 for
+swiglu (gate first, then up) and 1 otherwise, `w_out` `[E, O, F]`, biases `[E, G*F]` and `[E, O]` or None; result
+`[R, O]` in the type of the rows. Weights are stored `[out, in]` as in `torch.nn.Linear`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moekit.kernels.registry import Usable, register
+
+
+def activate(hidden: Tensor, activation: str) -> Tensor:
+    """The activation of an expert; swiglu halves the last dimension: silu(gate) * up."""
+    if activation == "swiglu":
+        gate, up = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    if activation == "gelu":
+        return F.gelu(hidden)
+    if activation == "relu":
+        return F.relu(hidden)
+    return torch.sigmoid(hidden)
+
+
+def _always(device: torch.device, dtype: torch.dtype) -> Usable:
+    return True, "plain PyTorch, runs everywhere"
+
+
+@register("expert_mlp", "reference", priority=0, usable=_always)
+def expert_mlp_reference(
+    rows: Tensor,
+    tokens_per_expert: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The truth: one expert after the other."""
+    # unbind once: indexing w[i] in the loop would make autograd build a full-size gradient per expert
+    ins, outs = w_in.unbind(0), w_out.unbind(0)
+    ins_b = b_in.unbind(0) if b_in is not None else [None] * len(ins)
+    outs_b = b_out.unbind(0) if b_out is not None else [None] * len(ins)
+    answers = []
+    for i, part in enumerate(rows.split(tokens_per_expert.tolist())):
+        answers.append(F.linear(activate(F.linear(part, ins[i], ins_b[i]), activation), outs[i], outs_b[i]))
+    return torch.cat(answers)
+
+
+def _grouped_mm_usable(device: torch.device, dtype: torch.dtype) -> Usable:
+    if not hasattr(F, "grouped_mm"):
+        return False, f"torch {torch.__version__} has no torch.nn.functional.grouped_mm"
+    if dtype != torch.bfloat16:
+        return False, f"needs bfloat16, got {dtype}"
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        return False, "needs a GPU of compute capability 8.0 or newer"
+    if device.type not in ("cpu", "cuda"):
+        return False, f"not written for {device.type}"
+    return True, "one grouped matrix product for all experts"
+
+
+@register("expert_mlp", "grouped_mm", priority=10, usable=_grouped_mm_usable)
+def expert_mlp_grouped(
+    rows: Tensor,
+    tokens_per_expert: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """All experts in one grouped product per map (PyTorch's own kernel). Needs widths that are multiples of 8."""
+    if rows.shape[0] == 0 or any(size % 8 for size in (*w_in.shape[1:], *w_out.shape[1:])):
+        return expert_mlp_reference(rows, tokens_per_expert, w_in, w_out, b_in, b_out, activation)
+    ends = tokens_per_expert.cumsum(0).to(torch.int32)
+    hidden = F.grouped_mm(rows, w_in.transpose(-2, -1), offs=ends)
+    if b_in is not None:
+        hidden = hidden + _per_row(b_in, tokens_per_expert)
+    answers = F.grouped_mm(activate(hidden, activation), w_out.transpose(-2, -1), offs=ends)
+    return answers if b_out is None else answers + _per_row(b_out, tokens_per_expert)
+
+
+def _per_row(bias: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    return bias.repeat_interleave(tokens_per_expert, dim=0)

@@ -1,0 +1,88 @@
+"""One registry of implementations: each operation has a reference and, where it pays, faster paths.
+
+An implementation says by itself whether it can run for a device and a data type, and why not. `pick` takes the
+usable one of the highest priority; `available` lists them all for `moekit doctor`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moekit.config.errors import ConfigError, nearest
+
+Usable = tuple[bool, str]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an operation.
+
+    Attributes:
+        op: the operation, e.g. "expert_mlp".
+        name: the implementation, e.g. "reference".
+        priority: the highest usable one is picked.
+        function: what is called.
+        usable: (device, dtype) -> (whether it can run, why or why not).
+    """
+
+    op: str
+    name: str
+    priority: int
+    function: Callable[..., Any]
+    usable: Callable[[torch.device, torch.dtype], Usable]
+
+
+_KERNELS: dict[str, list[Kernel]] = {}
+
+
+def register(
+    op: str, name: str, priority: int, usable: Callable[[torch.device, torch.dtype], Usable]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator that adds an implementation of `op`."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        kernels = _KERNELS.setdefault(op, [])
+        kernels.append(Kernel(op, name, priority, function, usable))
+        kernels.sort(key=lambda kernel: -kernel.priority)
+        return function
+
+    return add
+
+
+def _load(op: str) -> list[Kernel]:
+    import moekit.kernels.expert_mlp  # noqa: F401, PLC0415  (registers itself)
+
+    if op not in _KERNELS:
+        raise ConfigError(f"kernel operation {op!r} is unknown: {nearest(op, _KERNELS)}")
+    return _KERNELS[op]
+
+
+@functools.lru_cache(maxsize=256)
+def pick(op: str, device_type: str, dtype: torch.dtype, name: str = "auto") -> Kernel:
+    """The implementation of `op` to call for a device and data type.
+
+    Raises:
+        ConfigError: `name` is no implementation of `op`, or it cannot run here (with the reason).
+    """
+    kernels = _load(op)
+    device = torch.device(device_type)
+    if name == "auto":
+        return next(kernel for kernel in kernels if kernel.usable(device, dtype)[0])
+    for kernel in kernels:
+        if kernel.name == name:
+            can_run, reason = kernel.usable(device, dtype)
+            if not can_run:
+                raise ConfigError(f"kernel {name!r} of {op} cannot run on {device_type} with {dtype}: {reason}")
+            return kernel
+    names = [kernel.name for kernel in kernels]
+    raise ConfigError(f"kernel must be auto or one of {', '.join(names)}; got {name!r}. {nearest(name, names)}")
+
+
+def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, bool, str]]:
+    """(name, usable, reason) of every implementation of `op`, the preferred one first."""
+    return [(kernel.name, *kernel.usable(torch.device(device), dtype)) for kernel in _load(op)]

@@ -1,0 +1,119 @@
+"""Auxiliary losses that keep the experts' load even. All unweighted: coefficients enter once, in training.
+
+Shapes: T tokens, E experts, B sequences. f is an expert's share of the choices (sums to 1, no gradient), P its mean
+probability (sums to 1). Padding counts nowhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekit.config.moe import BalanceConfig
+from moekit.layers.plan import RoutingContext, RoutingPlan
+
+
+def load_balance_loss(probs: Tensor, counts: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """E * sum(f * P): 1 at perfect balance, E where one expert takes all (Fedus et al. 2021, eq. 4, with f summing to 1).
+
+    Shapes: probs `[T, E]`, counts `[E]` choices per expert; these may cover more tokens than `probs` (the whole global
+    batch: Qiu et al. 2025, arXiv 2501.11873).
+
+    >>> import torch
+    >>> float(load_balance_loss(torch.full((4, 2), 0.5), torch.tensor([2, 2])))
+    1.0
+    >>> round(float(load_balance_loss(torch.tensor([[0.9, 0.1]] * 4), torch.tensor([4, 0]))), 4)     # 2 * (1 * 0.9)
+    1.8
+    """
+    share = counts.to(probs) / counts.sum().clamp(min=1)
+    return probs.shape[-1] * (share * _mean(probs, token_mask)).sum()
+
+
+def sequence_balance_loss(
+    probs: Tensor, chosen: Tensor, batch_shape: tuple[int, int], token_mask: Tensor | None = None
+) -> Tensor:
+    """The load-balance loss of each sequence by itself, averaged over sequences (DeepSeek-V3, eq. 17 to 20).
+
+    Shapes: probs and chosen (0/1 per token and expert) `[T, E]`.
+    """
+    batch, length = batch_shape
+    n_experts = probs.shape[-1]
+    mask = torch.ones(batch, length, 1, device=probs.device) if token_mask is None else token_mask.view(batch, length, 1)
+    probs, chosen = probs.view(batch, length, -1) * mask, chosen.view(batch, length, -1) * mask
+    share = chosen.sum(dim=1) / chosen.sum(dim=(1, 2))[:, None].clamp(min=1)
+    mean_probs = probs.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    per_sequence = n_experts * (share * mean_probs).sum(dim=-1)
+    weight = mask.any(dim=1)[:, 0].to(per_sequence)
+    return (per_sequence * weight).sum() / weight.sum().clamp(min=1)
+
+
+def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Mean squared log-sum-exp of the logits `[T, E]` (ST-MoE, Zoph et al. 2022, eq. 5).
+
+    >>> import math, torch
+    >>> round(float(router_z_loss(torch.zeros(3, 4))), 6) == round(math.log(4) ** 2, 6)
+    True
+    """
+    return _mean(logits.logsumexp(dim=-1).square()[:, None], token_mask)[0]
+
+
+def squared_variation(totals: Tensor) -> Tensor:
+    """Squared coefficient of variation (population variance over squared mean) of one value per expert `[E]`.
+
+    >>> import torch
+    >>> float(squared_variation(torch.tensor([1.0, 3.0])))    # mean 2, variance 1
+    0.25
+    """
+    mean = totals.mean()
+    return (totals - mean).square().mean() / mean.square().clamp(min=1e-10)
+
+
+def importance_loss(plan: RoutingPlan) -> Tensor:
+    """Squared variation of the summed combine weights of each expert (Shazeer et al. 2017, eq. 6 and 7)."""
+    importance = torch.zeros(plan.n_experts, dtype=plan.row_weight.dtype, device=plan.row_weight.device)
+    return squared_variation(importance.index_add(0, plan.expert_of_row(), plan.row_weight))
+
+
+def load_loss(load_probs: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Squared variation of the expected load `[T, E]` of noisy top-k (Shazeer et al. 2017, eq. 10 and 11)."""
+    return squared_variation(_mean(load_probs, token_mask))
+
+
+def balance_losses(plan: RoutingPlan, context: RoutingContext, config: BalanceConfig) -> dict[str, Tensor]:
+    """The unweighted losses of one call of a layer, those of `config` with a coefficient above 0 and the router's own."""
+    losses = dict(plan.losses)
+    probs, logits, mask = plan.router_probs, plan.router_logits, plan.token_mask
+    if config.load_balance > 0 and probs is not None and probs.requires_grad:
+        if config.scope == "sequence":
+            losses["load_balance"] = sequence_balance_loss(probs, _chosen(plan), plan.batch_shape, mask)
+        else:
+            counts = plan.requested
+            if context.earlier_counts is not None:
+                counts = counts + context.earlier_counts
+            losses["load_balance"] = load_balance_loss(probs, counts, mask)
+    if config.router_z > 0 and logits is not None:
+        losses["router_z"] = router_z_loss(logits, mask)
+    if config.importance > 0 and plan.row_weight.requires_grad:
+        losses["importance"] = importance_loss(plan)
+    if config.load > 0 and plan.load_probs is not None:
+        losses["load"] = load_loss(plan.load_probs, mask)
+    return losses
+
+
+def weighted_aux_loss(losses: dict[str, Tensor], config: BalanceConfig) -> Tensor | float:
+    """The one place where coefficients meet losses: what training adds to the task's loss."""
+    own = {name: getattr(config, name) for name in ("load_balance", "router_z", "importance", "load")}
+    return sum(own.get(name, config.router_loss) * loss for name, loss in losses.items())
+
+
+def _chosen(plan: RoutingPlan) -> Tensor:
+    """`[T, E]` 1 where a token's choice of an expert has a row."""
+    chosen = torch.zeros(plan.n_tokens, plan.n_experts, device=plan.token_index.device)
+    return chosen.index_put((plan.token_index, plan.expert_of_row()), torch.ones((), device=chosen.device))
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the tokens that count, `[T, N] -> [N]`."""
+    if mask is None:
+        return values.mean(dim=0)
+    return (values * mask[:, None]).sum(dim=0) / mask.sum().clamp(min=1)

@@ -1,0 +1,166 @@
+"""The Mixture-of-Experts layer: router, dispatch, experts, combine.
+
+Shape legend: B batch, S sequence, T = B*S tokens, D d_model, E experts, K top_k, R routed rows, O output width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekit.config.errors import ConfigError, require
+from moekit.config.moe import MoEConfig
+from moekit.layers.balancing import balance_losses
+from moekit.layers.combine import combine
+from moekit.layers.dispatch import dispatch
+from moekit.layers.experts import ExpertGroups, NullExperts, SharedExpert, StackedMLP, module_experts
+from moekit.layers.plan import RoutingContext, RoutingPlan
+from moekit.layers.routing import build_router
+
+
+@dataclass
+class MoEOutput:
+    """What a layer returns; nothing hides on the module.
+
+    Attributes:
+        hidden_states: `[..., O]`, the shape of the input with the output width.
+        aux_losses: unweighted auxiliary losses by name (see `moekit.layers.balancing.weighted_aux_loss`).
+        routing: the plan that was followed.
+    """
+
+    hidden_states: Tensor
+    aux_losses: dict[str, Tensor]
+    routing: RoutingPlan
+
+
+class MoE(nn.Module):
+    """A sparse feed-forward block on `[..., D]`: each token visits the experts that its router chooses.
+
+    Give a `MoEConfig`, or its fields as keyword arguments; `experts` takes modules of any structure instead of
+    the stacked MLPs.
+
+    Errors: `ConfigError` for a value that breaks a rule, naming field, value and remedy.
+
+    >>> import torch
+    >>> layer = MoE(d_model=16, d_expert=32, n_experts=8, top_k=2, router="softmax")
+    >>> out = layer(torch.randn(2, 5, 16))
+    >>> out.hidden_states.shape, sorted(out.aux_losses), int(out.routing.tokens_per_expert.sum())
+    (torch.Size([2, 5, 16]), ['load_balance', 'router_z'], 20)
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        config: MoEConfig | None = None,
+        *,
+        experts: Sequence[nn.Module] | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__()
+        if config is not None and fields:
+            raise ConfigError(f"give a config or keyword arguments, not both; got config and {', '.join(fields)}")
+        if config is None:
+            if experts is not None:
+                fields.setdefault("n_experts", len(experts))
+            if "router_options" in fields:
+                fields["router"] = {"name": fields.get("router", "softmax"), "options": fields.pop("router_options")}
+            config = MoEConfig.from_dict(fields, where="moe")
+        require(d_model >= 1, "d_model", d_model, "must be at least 1")
+        self.d_model, self.config = d_model, config
+        self.router = build_router(d_model, config)
+        self.experts = _build_experts(d_model, config, experts)
+        self.shared = None
+        if config.n_shared_experts:
+            self.shared = SharedExpert(
+                d_model, config.shared_width, activation=config.activation, bias=config.bias, gated=config.shared_gate
+            )
+        out = config.d_out if config.d_out is not None else d_model
+        self.linear = nn.Linear(d_model, out, bias=False) if config.linear_path else None
+
+    @property
+    def causal(self) -> bool:
+        """False where a token's answer can depend on later tokens, by its router or by dropping the improbable."""
+        drops_by_rank = self.config.capacity_factor is not None and self.config.drop_policy == "probability"
+        return self.router.causal and not drops_by_rank
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        earlier_counts: Tensor | None = None,
+    ) -> MoEOutput:
+        """Route, compute, combine.
+
+        Args:
+            hidden_states: `[..., D]`.
+            token_ids: `[...]` vocabulary ids, which hash and rule routers read.
+            token_mask: `[...]` bool, False at padding, which visits no expert and counts nowhere.
+            segment_ids: `[...]` document of each token.
+            earlier_counts: `[E]`, see `RoutingContext`.
+        """
+        tokens = hidden_states.reshape(-1, self.d_model)  # [T, D]
+        context = self._context(hidden_states, token_ids, token_mask, segment_ids, earlier_counts)
+
+        plan = self.router(tokens, context)
+        plan = self._limit(plan)
+        rows = dispatch(tokens, plan)  # [R, D]
+        answers = self.experts(rows, plan.tokens_per_expert)  # [R, O]
+        mixed = combine(answers, plan, self.config.combine)  # [T, O]
+
+        if self.shared is not None:
+            mixed = mixed + self.shared(tokens)
+        if self.linear is not None:
+            mixed = mixed + self.linear(tokens)
+        mixed = mixed.reshape(*hidden_states.shape[:-1], mixed.shape[-1])
+        return MoEOutput(mixed, balance_losses(plan, context, self.config.balance), plan)
+
+    def _limit(self, plan: RoutingPlan) -> RoutingPlan:
+        """Weight scale, winners and capacity: what the layer's configuration makes of the router's plan."""
+        if self.config.weight_scale != 1.0:
+            plan = plan.map_weights(lambda weight: weight * self.config.weight_scale)
+        if self.config.combine == "winner":
+            plan = plan.winners()
+        if self.config.capacity_factor is not None:
+            n_tokens = plan.n_tokens if plan.token_mask is None else int(plan.token_mask.sum())
+            k = 1 if self.config.combine == "winner" else self.config.top_k
+            capacity = math.ceil(self.config.capacity_factor * n_tokens * k / plan.n_experts)
+            plan = plan.limited_to(capacity, self.config.drop_policy)
+        return plan
+
+    def _context(self, hidden_states: Tensor, *parts: Tensor | None) -> RoutingContext:
+        require(hidden_states.shape[-1] == self.d_model, "hidden_states", tuple(hidden_states.shape),
+                f"must end in d_model ({self.d_model})")  # fmt: skip
+        token_ids, token_mask, segment_ids, earlier_counts = parts
+        leading = hidden_states.shape[:-1]
+        for name, value in (("token_ids", token_ids), ("token_mask", token_mask), ("segment_ids", segment_ids)):
+            require(value is None or value.shape == leading, name, None if value is None else tuple(value.shape),
+                    f"must have the leading shape of hidden_states {tuple(leading)}")  # fmt: skip
+        n_tokens = leading.numel()
+        length = leading[-1] if len(leading) > 1 else n_tokens
+        shape = (n_tokens // max(length, 1), length)
+        flat = [None if part is None else part.reshape(-1) for part in (token_mask, token_ids, segment_ids)]
+        return RoutingContext(shape, flat[0], flat[1], flat[2], earlier_counts)
+
+
+def _build_experts(d_model: int, config: MoEConfig, modules: Sequence[nn.Module] | None) -> nn.Module:
+    real: nn.Module
+    if modules is not None:
+        real = module_experts(modules, config.n_experts)
+    else:
+        real = StackedMLP(
+            config.n_experts, d_model, config.d_expert,
+            d_out=config.d_out, activation=config.activation, bias=config.bias, kernel=config.kernel,
+        )  # fmt: skip
+    if config.null_experts.total == 0:
+        return real
+    require(config.d_out in (None, d_model), "d_out", config.d_out, "must be d_model with null experts")
+    nulls = NullExperts(config.null_experts, d_model)
+    return ExpertGroups([(real, config.n_experts), (nulls, config.null_experts.total)])

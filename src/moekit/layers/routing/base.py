@@ -1,0 +1,148 @@
+"""The router interface and its registry: one class and one line add a router.
+
+Example, a router of your own:
+
+>>> import torch
+>>> from moekit.layers.routing import Router, register_router
+>>> from moekit.layers.plan import RoutingPlan
+>>> @register_router("first_expert")
+... class FirstExpertRouter(Router):
+...     def forward(self, tokens, context):
+...         index = torch.zeros(tokens.shape[0], 1, dtype=torch.long)
+...         return RoutingPlan.from_choices(index, torch.ones(index.shape), self.n_experts, context)
+>>> from moekit import MoE
+>>> MoE(d_model=8, d_expert=8, n_experts=4, top_k=1, router="first_expert")(torch.zeros(3, 8)).routing.tokens_per_expert
+tensor([3, 0, 0, 0])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekit.config.base import StrictConfig
+from moekit.config.errors import ConfigError, nearest, require
+from moekit.config.moe import MoEConfig
+from moekit.layers.plan import RoutingContext, RoutingPlan
+from moekit.layers.statistics import RoutingStats
+
+ROUTERS: dict[str, type[Router]] = {}
+R = TypeVar("R", bound="type[Router]")
+
+
+def register_router(name: str) -> Callable[[R], R]:
+    """Class decorator that makes a router known as `name` in `MoE(router=name)` and in YAML.
+
+    Raises:
+        ConfigError: the name is taken by another class.
+    """
+
+    def add(cls: R) -> R:
+        taken = ROUTERS.get(name)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise ConfigError(f"router name {name!r} is taken by {taken.__qualname__}; choose another")
+        cls.name = name
+        ROUTERS[name] = cls
+        return cls
+
+    return add
+
+
+def build_router(d_model: int, config: MoEConfig) -> Router:
+    """The router that a layer's configuration names, its options validated.
+
+    Raises:
+        ConfigError: unknown name (with the nearest one) or an option that breaks a rule.
+    """
+    name = config.router.name
+    if name not in ROUTERS:
+        raise ConfigError(f"router {name!r} is unknown: {nearest(name, ROUTERS)}")
+    cls = ROUTERS[name]
+    options = cls.Options.from_dict(config.router.options, where=f"router({name})")
+    return cls(d_model, config, options)
+
+
+class Router(nn.Module):
+    """Decides which experts each token visits; computes nothing else.
+
+    A subclass implements `forward(tokens [T, D], context) -> RoutingPlan` and may declare:
+
+    Attributes:
+        name: registered name.
+        causal: False where a choice can depend on later tokens; a decoder refuses such a router.
+        supports_bias: whether auxiliary-loss-free balancing can steer its choice through `expert_bias`.
+        Options: its own options, a `StrictConfig`.
+        n_experts: experts to choose from, null experts included.
+        top_k: experts per token.
+    """
+
+    name: ClassVar[str] = ""
+    causal: bool = True
+    supports_bias: ClassVar[bool] = False
+    expert_bias: Tensor | None
+
+    class Options(StrictConfig):
+        """No options."""
+
+    def __init__(self, d_model: int, config: MoEConfig, options: StrictConfig) -> None:
+        super().__init__()
+        self.d_model, self.n_experts, self.top_k = d_model, config.n_choices, config.top_k
+        self.bias_update_rate = config.balance.bias_update_rate
+        self.options = options
+        require(
+            self.bias_update_rate == 0 or self.supports_bias, "balance.bias_update_rate", self.bias_update_rate,
+            f"must be 0 with router {self.name!r}, whose choice takes no bias",
+            f"Routers that do: {', '.join(sorted(n for n, c in ROUTERS.items() if c.supports_bias))}",
+        )  # fmt: skip
+        # selection only: the bias moves the choice, never the combine weight (DeepSeek-V3, arXiv 2412.19437)
+        bias = torch.zeros(self.n_experts) if self.bias_update_rate > 0 else None
+        self.register_buffer("expert_bias", bias)
+
+    def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
+        raise NotImplementedError(f"router {type(self).__name__} does not implement forward(tokens, context)")
+
+    def with_bias(self, selection: Tensor) -> Tensor:
+        """Selection values `[T, E]` with the balancing bias added."""
+        return selection if self.expert_bias is None else selection + self.expert_bias
+
+    @torch.no_grad()
+    def after_step(self, stats: RoutingStats, scale: float = 1.0) -> None:
+        """Called once after each optimizer step with the routing of the whole step.
+
+        Auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664): b += rate * sign(mean load - load).
+        `scale` multiplies the rate (training passes its learning-rate schedule, so the bias settles with the weights).
+        """
+        if self.expert_bias is not None:
+            load = stats.requested_per_expert.to(self.expert_bias)
+            self.expert_bias += scale * self.bias_update_rate * torch.sign(load.mean() - load)
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, n_experts={self.n_experts}, top_k={self.top_k}, {self.options}"
+
+
+class LearnedRouter(Router):
+    """A router with one linear map `weight [E, D]`; its arithmetic is float32 whatever the autocast."""
+
+    def __init__(self, d_model: int, config: MoEConfig, options: StrictConfig) -> None:
+        super().__init__(d_model, config, options)
+        self.weight = nn.Parameter(torch.empty(self.n_experts, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Normal initial weights."""
+        for parameter in self.parameters(recurse=False):
+            nn.init.normal_(parameter, std=std)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """`[T, E]` float32."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            return F.linear(tokens.float(), self.weight.float())
+
+
+def normalize_chosen(weights: Tensor) -> Tensor:
+    """Weights `[T, K]` scaled to sum to 1 per token (all zeros stay zeros)."""
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)

@@ -1,0 +1,198 @@
+"""Routers that learn nothing: hash, uniform random, and a user's rules."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from moekit.config.base import StrictConfig
+from moekit.config.errors import ConfigError, require
+from moekit.config.moe import MoEConfig
+from moekit.layers.plan import RoutingContext, RoutingPlan
+from moekit.layers.routing.base import LearnedRouter, Router, normalize_chosen, register_router
+
+
+@register_router("hash")
+class HashRouter(Router):
+    """A fixed pseudo-random choice by token id (Roller et al. 2021, arXiv 2106.04426): K distinct experts, equal weights."""
+
+    class Options(StrictConfig):
+        seed: int = Field(default=0, ge=0, description="another seed gives another table")
+
+    options: Options
+
+    def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
+        if context.token_ids is None:
+            raise ConfigError("router 'hash' chooses by token id; call the layer with token_ids=[...] of its input")
+        experts = torch.arange(self.n_experts, device=tokens.device)
+        keys = _mix(context.token_ids[:, None] * 0x9E3779B1 + experts[None] * 0x85EBCA77 + self.options.seed * 0xC2B2AE3D)
+        index = keys.topk(self.top_k, dim=-1).indices
+        return RoutingPlan.from_choices(index, _equal_weights(index), self.n_experts, context)
+
+
+@register_router("random")
+class RandomRouter(Router):
+    """K experts drawn uniformly for every token, in training and in evaluation: the control of every comparison."""
+
+    def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
+        draw = torch.rand(tokens.shape[0], self.n_experts, device=tokens.device)
+        index = draw.topk(self.top_k, dim=-1).indices
+        return RoutingPlan.from_choices(index, _equal_weights(index), self.n_experts, context)
+
+
+class Rule(StrictConfig):
+    """Send the tokens after (or around) a keyword to an expert.
+
+    `token_ids` holds the keyword as the tokenizer writes it; several spellings are several entries. See `keyword_rules`.
+    """
+
+    expert: int = Field(ge=0, description="expert that answers")
+    token_ids: tuple[tuple[int, ...], ...] = Field(description="sequences of token ids that fire the rule")
+
+
+@register_router("rule")
+class RuleRouter(LearnedRouter):
+    """Rules over the input decide or bias the choice of a learned softmax top-k router.
+
+    `function(token_ids [B, S], n_experts) -> scores [B, S, E]`, or `rules` with keywords, give a score per token and
+    expert. With mode "decide", a token with any positive score goes to its best-scored experts (at most `top_k`) and
+    all others are routed as learned; with "bias", `strength` times the score is added to the logits.
+
+    Keywords hold for the keyword alone ("token"), from it to the end of its document ("onward"), or for the whole
+    document ("sequence", which looks ahead and is therefore not causal; nor is a function, unless it says so by
+    `function_is_causal`).
+    """
+
+    class Options(StrictConfig):
+        rules: tuple[Rule, ...] = Field(default=(), description="keyword rules")
+        function: Any = Field(default=None, description="a callable or its import path 'package.module:name'")
+        function_is_causal: bool = Field(default=False, description="the function never looks at later tokens")
+        mode: Literal["decide", "bias"] = Field(default="decide", description="decide the choice or bias it")
+        strength: float = Field(default=2.0, gt=0, description="what a score of 1 adds to a logit in mode bias")
+        scope: Literal["token", "onward", "sequence"] = Field(default="onward", description="where a keyword holds")
+
+        @field_validator("function")
+        @classmethod
+        def _callable(cls, value: Any) -> Any:
+            require(value is None or callable(value) or (isinstance(value, str) and ":" in value), "function", value,
+                    "must be a callable or an import path 'package.module:name'")  # fmt: skip
+            return value
+
+    options: Options
+
+    def __init__(self, d_model: int, config: MoEConfig, options: StrictConfig) -> None:
+        super().__init__(d_model, config, options)
+        opts = self.options
+        require(opts.rules or opts.function is not None, "router(rule)", "no rule",
+                "needs `rules` or a `function`", "See moekit.layers.routing.keyword_rules")  # fmt: skip
+        for rule in opts.rules:
+            require(rule.expert < self.n_experts, "router(rule).rules.expert", rule.expert,
+                    f"must be below n_experts ({self.n_experts})")  # fmt: skip
+        self.function: Callable[..., Tensor] | None = _resolve(opts.function)
+        self.causal = opts.scope != "sequence" and (opts.function is None or opts.function_is_causal)
+
+    def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
+        if context.token_ids is None:
+            raise ConfigError("router 'rule' reads token ids; call the layer with token_ids=[...] of its input")
+        logits = self.logits(tokens)
+        scores = self._scores(context).to(logits)
+        if self.options.mode == "bias":
+            logits = logits + self.options.strength * scores
+        probs = logits.softmax(dim=-1)
+        index = probs.topk(self.top_k, dim=-1).indices
+        chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, index, True)
+        if self.options.mode == "decide":
+            # the learned logits break ties between experts of equal score
+            ranked = torch.where(scores > 0, scores * 1e4 + probs.detach(), -torch.inf)
+            best, named = ranked.topk(self.top_k, dim=-1)
+            by_rule = torch.zeros_like(chosen).scatter_(1, named, best > -torch.inf)
+            chosen = torch.where((scores > 0).any(dim=-1, keepdim=True), by_rule, chosen)
+        weights = normalize_chosen(probs * chosen)
+        return RoutingPlan.from_mask(chosen, weights, context, router_logits=logits, router_probs=probs)
+
+    def _scores(self, context: RoutingContext) -> Tensor:
+        """`[T, E]` scores of function and keywords together."""
+        assert context.token_ids is not None
+        ids = context.token_ids.view(context.batch_shape)
+        segments = torch.zeros_like(ids) if context.segment_ids is None else context.segment_ids.view_as(ids)
+        scores = torch.zeros(*ids.shape, self.n_experts, device=ids.device)
+        for rule in self.options.rules:
+            fired = torch.zeros_like(ids, dtype=torch.bool)
+            for keyword in rule.token_ids:
+                fired |= _spread(_find(ids, keyword), segments, self.options.scope)
+            scores[..., rule.expert] += fired
+        if self.function is not None:
+            answer = self.function(ids, self.n_experts)
+            require(tuple(answer.shape) == tuple(scores.shape), "router(rule).function", tuple(answer.shape),
+                    f"must return scores of shape {tuple(scores.shape)} (batch, sequence, experts)")  # fmt: skip
+            scores = scores + answer
+        return scores.flatten(0, 1)
+
+
+def keyword_rules(encode: Callable[[str], Sequence[int]], keywords: Mapping[int, Sequence[str]]) -> list[dict[str, Any]]:
+    """Rules for `router={"name": "rule", "rules": keyword_rules(...)}` from words per expert.
+
+    Each word is encoded as it is, with a leading space, capitalised, and both, because tokenizers write these apart.
+
+    >>> keyword_rules(lambda text: [ord(c) for c in text], {0: ["ab"]})
+    [{'expert': 0, 'token_ids': [[97, 98], [32, 97, 98], [65, 98], [32, 65, 98]]}]
+    """
+    rules = []
+    for expert, words in keywords.items():
+        spellings: list[list[int]] = []
+        for word in words:
+            for text in (word, f" {word}", word.capitalize(), f" {word.capitalize()}"):
+                ids = list(encode(text))
+                if ids and ids not in spellings:
+                    spellings.append(ids)
+        rules.append({"expert": expert, "token_ids": spellings})
+    return rules
+
+
+def _find(ids: Tensor, keyword: Sequence[int]) -> Tensor:
+    """`[B, S]` True at the last token of each occurrence (an earlier one would look ahead)."""
+    length = len(keyword)
+    hit = torch.zeros_like(ids, dtype=torch.bool)
+    if length == 0 or length > ids.shape[1]:
+        return hit
+    windows = ids.unfold(1, length, 1)
+    found = (windows == torch.tensor(list(keyword), device=ids.device)).all(dim=-1)
+    hit[:, length - 1 :] = found
+    return hit
+
+
+def _spread(hit: Tensor, segments: Tensor, scope: str) -> Tensor:
+    """Extend hits over their document: onward from the hit, or all of it."""
+    if scope == "token" or not bool(hit.any()):
+        return hit
+    same_document = segments[:, :, None] == segments[:, None, :]
+    if scope == "onward":
+        same_document = same_document & torch.ones_like(same_document[0]).tril()
+    return (same_document & hit[:, None, :]).any(dim=-1)
+
+
+def _resolve(function: Any) -> Callable[..., Tensor] | None:
+    if not isinstance(function, str):
+        return function
+    module, _, name = function.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"router(rule).function {function!r} cannot be imported: {error}") from error
+
+
+def _equal_weights(index: Tensor) -> Tensor:
+    return torch.full(index.shape, 1.0 / index.shape[1], device=index.device)
+
+
+def _mix(keys: Tensor) -> Tensor:
+    """A bijective-enough integer hash (the finalizer of MurmurHash3 on 32 bits, kept in int64)."""
+    keys = keys & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        keys = ((keys ^ (keys >> shift)) * factor) & 0xFFFFFFFF
+    return keys ^ (keys >> 16)
