@@ -34,6 +34,8 @@ def explain(key: str, as_json: bool) -> None:
         print_json([asdict(info) for info in describe_key(key)])
     else:
         click.echo(explain_key(key))
+        if key in ("model.moe.router", "model.moe.router.name", "model.moe.router.options"):
+            _show_routers()
 
 
 @command.command("show")
@@ -55,3 +57,19 @@ def show(config: Path | None, overrides: tuple[str, ...], as_json: bool) -> None
         print_json(run_config.to_dict())
     else:
         click.echo(dump_yaml(run_config.to_dict()), nl=False)
+
+
+def _show_routers() -> None:
+    """Each registered router with its options, which are keys beside its name."""
+    from moekit.config.explain import describe_key
+    from moekit.layers.routing import ROUTERS
+
+    click.echo("\nrouters (their options stand beside the name, {name: softmax, normalize: before})")
+    for name, router in sorted(ROUTERS.items()):
+        summary = " ".join((router.__doc__ or "").strip().split("\n\n")[0].split())
+        click.echo(f"  {name}: {summary}")
+        for option in router.Options.model_fields:
+            for info in describe_key(option, router.Options):
+                facts = [f"default {info.default}" if info.default is not None else "required", info.allowed]
+                inside = "; ".join(part for part in (info.type, *facts) if part)
+                click.echo(f"      {option}: {info.description} ({inside})")

@@ -16,7 +16,8 @@ from moekit.cli.output import json_option, print_json, print_tables, progress_to
 def command(run: Path, max_batches: int | None, as_json: bool) -> None:
     """Measure a run: bits per byte per domain, speed, memory and balance.
 
-    RUN is the folder of a run; its last checkpoint is measured on the validation split and the held-out domain.
+    RUN is the folder of a run. Its last checkpoint is measured on the validation split and on the held-out
+    domain.
     """
     with progress_to_stderr(as_json):
         from moekit.evaluate.run import evaluate_run

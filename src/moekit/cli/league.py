@@ -6,14 +6,17 @@ from pathlib import Path
 
 import click
 
-from moekit.cli.output import json_option, print_json, progress_to_stderr
+from moekit.cli.output import cell, folder_option, json_option, print_json, progress_to_stderr
 
 
 @click.command("league")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("runs/league"), show_default=True,
-              help="folder for the table and the runs")  # fmt: skip
-@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="steps of each router")
-@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="seeds for each router")
+@folder_option("--out", "runs/league", help="folder for the table and the runs")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=300, show_default=True, help="steps of each router"
+)
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="seeds for each router"
+)
 @click.option("--router", "routers", multiple=True, metavar="NAME", help="only this router; may be repeated")
 @click.option("--short", is_flag=True, help="smaller models and fewer steps, to see that everything runs")
 @json_option
@@ -38,11 +41,9 @@ def _show(content: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from moekit.cli.output import _cell
-
     table = Table(title="Router league", title_justify="left")
     for position, column in enumerate(content["columns"]):
         table.add_column(column, justify="left" if position == 0 else "right")
     for row in content["rows"]:
-        table.add_row(*(_cell(value) for value in row))
+        table.add_row(*(cell(value) for value in row))
     Console().print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -12,7 +13,7 @@ import click
 from moekit import __version__
 from moekit.config.errors import MoekitError, nearest
 
-# verb: (section, sentence). The sentence stands here so that --help imports no verb; a test compares it with the verb's.
+# verb: (section, sentence). The sentences stand here so that --help imports no verb; a test compares them.
 VERBS: dict[str, tuple[str, str]] = {
     "quickstart": ("Start", "Train a dense, a recurrent and a sparse model on real text and compare them."),
     "doctor": ("Start", "Look at this machine: what moekit will use, what is missing and how to get it."),
@@ -82,8 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo(error.format_message(), err=True)
         return EXIT_USAGE
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        context = getattr(error, "ctx", None)
+        hint = f". Help: {context.command_path} --help" if context is not None else ""
+        return _report(f"{error.format_message().rstrip('.?')}{hint}", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return EXIT_INTERRUPT
@@ -100,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(error, EXIT_FAILURE)
 
 
-def _report(error: Exception, code: int) -> int:
-    if os.environ.get("MOEKIT_DEBUG", "0") not in ("", "0"):
+def _report(error: Exception | str, code: int) -> int:
+    if isinstance(error, Exception) and os.environ.get("MOEKIT_DEBUG", "0") not in ("", "0"):
         import traceback
 
         traceback.print_exception(error)
@@ -111,7 +113,5 @@ def _report(error: Exception, code: int) -> int:
 
 def _silence_stdout() -> None:
     """Let the interpreter's last flush go nowhere; the reader of the pipe has left."""
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, AttributeError):
-        pass

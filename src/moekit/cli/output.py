@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -21,6 +22,12 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help=text)(function)
 
 
+def folder_option(name: str, default: str, help: str) -> Callable[[F], F]:
+    """An option that takes the path of a folder, which need not exist."""
+    kind = click.Path(path_type=Path, file_okay=False)
+    return click.option(name, type=kind, default=Path(default), show_default=True, help=help)
+
+
 def overrides_argument(function: F) -> F:
     """Adds [KEY=VALUE]..., passed as `overrides`."""
     return click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function)
@@ -28,7 +35,7 @@ def overrides_argument(function: F) -> F:
 
 @contextlib.contextmanager
 def progress_to_stderr(active: bool) -> Iterator[None]:
-    """While `active`, what is printed goes to standard error, so that standard output holds only the answer."""
+    """While `active`, prints go to standard error, so that standard output holds only the answer."""
     with contextlib.redirect_stdout(sys.stderr) if active else contextlib.nullcontext():
         yield
 
@@ -58,7 +65,7 @@ def print_tables(answer: Mapping[str, Any], title: str) -> None:
     if singles:
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for key, value in singles.items():
-            table.add_row(key.replace("_", " "), _cell(value))
+            table.add_row(key.replace("_", " "), cell(value))
         console.print(table)
     for key, value in answer.items():
         if isinstance(value, Mapping):
@@ -66,7 +73,8 @@ def print_tables(answer: Mapping[str, Any], title: str) -> None:
             print_tables(value, name.replace("_", " "))
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """One value of a table, as people read it."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int):
@@ -74,7 +82,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return ", ".join(_cell(item) for item in value)
+        return ", ".join(cell(item) for item in value)
     return str(value)
 
 
@@ -84,7 +92,9 @@ def in_units(number: float, unit: str = "", base: int = 1000) -> str:
     >>> in_units(4_500_000), in_units(3 * 2**30, "B", base=1024), in_units(12, "FLOP")
     ('4.50 M', '3.00 GiB', '12 FLOP')
     """
-    prefixes = ["", "k", "M", "G", "T", "P", "E"] if base == 1000 else ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"]
+    prefixes = ["", "k", "M", "G", "T", "P", "E"]
+    if base == 1024:
+        prefixes = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"]
     power = 0
     while abs(number) >= base and power < len(prefixes) - 1:
         number, power = number / base, power + 1

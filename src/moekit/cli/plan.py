@@ -17,8 +17,8 @@ from moekit.cli.output import duration, in_units, json_option, overrides_argumen
 def command(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Parameters, memory, FLOPs and time of a run, before anything runs.
 
-    CONFIG is a YAML file; KEY=VALUE changes single keys of it. Sizes and FLOPs are computed from the configuration;
-    the time comes from the speed of a few matrix products of the model's shapes, measured now on this machine.
+    CONFIG is a YAML file; KEY=VALUE changes single keys of it. Sizes and FLOPs are computed from the
+    configuration; the time comes from the speed of a few matrix products of the model's shapes, measured now.
     """
     from moekit.config.loading import load_run_config
 
@@ -39,8 +39,12 @@ def _show(plan: dict[str, Any]) -> None:
     parameters, flops, memory, time = plan["parameters"], plan["flops"], plan["memory_bytes"], plan["time"]
     table = Table(title=f"Plan of {plan['name']}", title_justify="left", show_header=False)
     table.add_row("parameters, total", in_units(parameters["total"]), "stored")
-    table.add_row("parameters, active", in_units(parameters["active"]), f"{parameters['active_share']:.0%} of them")
-    table.add_row("tokens", in_units(plan["tokens"]), f"{plan['steps']:,} steps of {plan['tokens_per_step']:,}")
+    table.add_row(
+        "parameters, active", in_units(parameters["active"]), f"{parameters['active_share']:.0%} of them"
+    )
+    table.add_row(
+        "tokens", in_units(plan["tokens"]), f"{plan['steps']:,} steps of {plan['tokens_per_step']:,}"
+    )
     table.add_section()
     for name, words in plan["memory_notes"].items():
         table.add_row(f"memory, {name}", in_units(memory[name], "B", base=1024), words)
@@ -48,7 +52,11 @@ def _show(plan: dict[str, Any]) -> None:
     table.add_row("FLOPs, a token", in_units(flops["per_token"], "FLOP"), "forward and backward")
     table.add_row("FLOPs, the run", in_units(flops["run"], "FLOP"), "")
     speed = in_units(time["flops_per_second"], "FLOP/s")
-    table.add_row("time, the run", f"about {duration(time['seconds'])}", f"at {speed} on {time['device']}, {time['precision']}")
+    table.add_row(
+        "time, the run",
+        f"about {duration(time['seconds'])}",
+        f"at {speed} on {time['device']}, {time['precision']}",
+    )
     rate = f"{time['tokens_per_second']:,.0f} tokens/s"
     table.add_row("time, a step", f"about {duration(time['seconds_per_step'])}", rate)
     console = Console()

@@ -17,8 +17,8 @@ from moekit.cli.output import json_option, overrides_argument, print_json, print
 def command(config: Path, overrides: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     """Train a model from a YAML configuration.
 
-    CONFIG is a YAML file; KEY=VALUE changes single keys of it. Everything about the run (configuration, metrics,
-    checkpoints) lies in one new folder, whose path is printed.
+    CONFIG is a YAML file; KEY=VALUE changes single keys of it. Everything about the run (configuration,
+    metrics, checkpoints) lies in one new folder, whose path is printed.
 
     \b
         moekit train examples/moe-small.yaml

@@ -1,4 +1,4 @@
-"""What a configuration key means, read from the fields themselves: type, default, allowed range, description."""
+"""What a configuration key means, read from the fields: type, default, allowed range, description."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from moekit.config.moe import RouterConfig
 from moekit.config.train import RunConfig
 from moekit.config.yamlio import dump_yaml
 
-_PLAIN = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+_PLAIN = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+    Any: "any value",
+}
 _BOUNDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 
 
@@ -61,7 +68,9 @@ def describe_key(key: str, root: type[BaseModel] = RunConfig) -> list[KeyInfo]:
         models = [inner for owner in owners for inner in _models_in(owner.model_fields[name].annotation)]
         if position < len(parts) - 1 and not models:
             if issubclass(owners[0], RouterConfig):
-                raise ConfigError(f"{key}: the options of a router are those of its class; see moekit.layers.routing")
+                raise ConfigError(
+                    f"{key}: the options of a router are those of its class; see moekit.layers.routing"
+                )
             raise ConfigError(f"{key} is not a known key: {dotted} is one value, not a group")
     found = [_info(dotted, owner, owner.model_fields[parts[-1]]) for owner in owners]
     merged = {(info.type, info.default, info.allowed, info.description): info for info in found}
@@ -121,10 +130,18 @@ def _info(key: str, owner: type[BaseModel], info: FieldInfo) -> KeyInfo:
     models = _models_in(info.annotation)
     children = _children(*models)
     description = info.description or (_summary(models[0]) if len(models) == 1 else "")
-    default = info.get_default(call_default_factory=True, validated_data={}) if not info.is_required() else None
+    default = (
+        info.get_default(call_default_factory=True, validated_data={}) if not info.is_required() else None
+    )
     default = list(default) if isinstance(default, tuple) else default
-    shown = None if info.is_required() or isinstance(default, BaseModel) else dump_yaml({"v": default})[3:].strip()
-    return KeyInfo(key, _kind_of(owner), type_in_words(info.annotation), shown, _allowed(info), description, children)
+    shown = (
+        None
+        if info.is_required() or isinstance(default, BaseModel)
+        else dump_yaml({"v": default})[3:].strip()
+    )
+    return KeyInfo(
+        key, _kind_of(owner), type_in_words(info.annotation), shown, _allowed(info), description, children
+    )
 
 
 def _kind_of(model: type[BaseModel]) -> str:
@@ -145,7 +162,9 @@ def _children(*models: type[BaseModel]) -> dict[str, str]:
             if name in result:
                 continue
             inner = _models_in(info.annotation)
-            words = info.description or (_summary(inner[0]) if len(inner) == 1 else type_in_words(info.annotation))
+            words = info.description or (
+                _summary(inner[0]) if len(inner) == 1 else type_in_words(info.annotation)
+            )
             owners = [owner for owner in models if name in owner.model_fields]
             if len(owners) < len(models):
                 words += f" ({', '.join(_kind_of(owner) for owner in owners)} only)"
@@ -167,7 +186,11 @@ def type_in_words(annotation: Any) -> str:
     if origin is typing.Annotated:
         return type_in_words(arguments[0])
     if origin is typing.Literal:
-        return f"one of: {', '.join(str(item) for item in arguments)}" if len(arguments) > 1 else f"{arguments[0]}"
+        return (
+            f"one of: {', '.join(str(item) for item in arguments)}"
+            if len(arguments) > 1
+            else f"{arguments[0]}"
+        )
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(type_in_words(part) for part in arguments))
     if origin in (tuple, list):

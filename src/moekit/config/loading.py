@@ -1,8 +1,8 @@
 """A run's configuration from a YAML file and `key.sub=value` overrides, and back to a file.
 
-Three layers, later ones winning: a preset (plain data from a recipe), the file, the overrides. Groups merge key
-by key. A group of another kind (`model.kind`, or the name of a router) replaces the whole group, because the keys
-of the old kind mean nothing to the new one.
+Three layers, later ones winning: a preset (plain data from a recipe), the file, the overrides. Groups merge
+key by key. A group of another kind (`model.kind`, or the name of a router) replaces the whole group, because
+the keys of the old kind mean nothing to the new one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def load_run_config(
     Values of overrides are YAML: numbers (`3e-3`), `true`, `null`, lists (`train.betas=[0.9,0.99]`), text.
 
     Raises:
-        ConfigError: an unreadable file, broken YAML, a malformed override, an unknown key (the nearest known one
-            is named) or a value that breaks a rule. Errors about a key of the file begin with `file:line`.
+        ConfigError: an unreadable file, broken YAML, a malformed override, an unknown key (the nearest known
+            one is named) or a value that breaks a rule. Errors about a key of the file begin with file:line.
 
     >>> load_run_config(None, ["train.steps=20", "train.optimizer.lr=3e-3"]).train.optimizer.lr
     0.003
@@ -70,12 +70,16 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not _KEY.match(key):
         raise ConfigError(f"override {text!r} has no valid key before '='; got {key!r}. {_EXAMPLE}")
     if not value.strip():
-        raise ConfigError(f"override {text!r} has no value. Write {key}=null for none, or {key}=\"''\" for empty text")
+        raise ConfigError(
+            f"override {text!r} has no value. Write {key}=null for none, or {key}=\"''\" for empty text"
+        )
     try:
         return key, parse_yaml(value, "value")
     except ConfigError as error:
         quoted = f"{key}='\"...\"'"
-        raise ConfigError(f"override {text!r}: {error}. Put text with special characters in quotes: {quoted}") from None
+        raise ConfigError(
+            f"override {text!r}: {error}. Put text with special characters in quotes: {quoted}"
+        ) from None
 
 
 def save_run_config(config: RunConfig, path: Path | str) -> None:
@@ -98,7 +102,9 @@ def save_run_config(config: RunConfig, path: Path | str) -> None:
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any], top: bool = False) -> dict[str, Any]:
     """`over` laid upon `base`, group by group."""
-    if not top and any(name in base and name in over and base[name] != over[name] for name in ("kind", "name")):
+    if not top and any(
+        name in base and name in over and base[name] != over[name] for name in ("kind", "name")
+    ):
         return dict(over)
     result = dict(base)
     for key, value in over.items():
@@ -123,7 +129,9 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
             below = {"name": below}
         elif not isinstance(below, Mapping):
             dotted = ".".join(groups[: position + 1])
-            raise ConfigError(f"{key} cannot be set: {dotted} is one value ({below!r}), not a group. Set {dotted}=...")
+            raise ConfigError(
+                f"{key} cannot be set: {dotted} is one value ({below!r}), not a group. Set {dotted}=..."
+            )
         group[name] = dict(below)
         group = group[name]
     if groups[-1:] == ["router"] and "options" in group and leaf not in ("name", "options"):

@@ -1,8 +1,8 @@
 """YAML as a configuration needs it: YAML 1.2 scalars, no key given twice, and a line for every key.
 
-Plain PyYAML follows YAML 1.1, where `3e-3` is text, `no` is false, `12:30` is 750 and `010` is 8. Here numbers,
-booleans and null follow the core schema of YAML 1.2 (underscores in numbers are allowed too: `4_096`), so a
-learning rate is a number and everything else is the text that was typed.
+Plain PyYAML follows YAML 1.1, where `3e-3` is text, `no` is false, `12:30` is 750 and `010` is 8. Here
+numbers, booleans and null follow the core schema of YAML 1.2 (with underscores allowed in numbers: `4_096`),
+so a learning rate is a number and everything else is the text that was typed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class _Loader(yaml.SafeLoader):
                 raise _Refused(mark, f"keys must be text; got {shown}. Put it in quotes")
             if key_node.value in seen:
                 first = seen[key_node.value]
-                raise _Refused(mark, f"key {key_node.value!r} is given twice (first on line {first}). Remove one")
+                raise _Refused(
+                    mark, f"key {key_node.value!r} is given twice (first on line {first}). Remove one"
+                )
             seen[key_node.value] = mark.line + 1
         return super().construct_mapping(node, deep)
 
@@ -115,7 +117,7 @@ def parse_yaml(text: str, source: str) -> Any:
     {'lr': 0.003, 'name': 'no'}
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark is not None else source
@@ -160,7 +162,9 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
 
 
 def _collect_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int], seen: set[int]) -> None:
-    if not isinstance(node, yaml.MappingNode) or id(node) in seen:  # an alias is looked at where its anchor stands
+    if (
+        not isinstance(node, yaml.MappingNode) or id(node) in seen
+    ):  # an alias is looked at where its anchor stands
         return
     seen.add(id(node))
     for key_node, value_node in node.value:
@@ -175,4 +179,6 @@ def dump_yaml(data: Any) -> str:
     >>> dump_yaml({"lr": 3e-05, "name": "1e5", "betas": [0.9, 0.95]})
     "lr: 3e-05\\nname: '1e5'\\nbetas: [0.9, 0.95]\\n"
     """
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=110)
+    return yaml.dump(
+        data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=110
+    )

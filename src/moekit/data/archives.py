@@ -1,13 +1,16 @@
-"""Unpacking of archives from elsewhere: nothing is written outside the folder, no links, no devices, no bombs."""
+"""Unpacking of archives from elsewhere: nothing leaves the folder, no links, no devices, no bombs."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
+import gzip
+import lzma
 import shutil
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -18,18 +21,20 @@ MAX_FILE_BYTES = 256 * 2**20
 MAX_TOTAL_BYTES = 1024 * 2**20
 MAX_MEMBERS = 100_000
 _BLOCK = 2**20
+_BROKEN = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
 
 
 def unpack(archive: Path, folder: Path, members: Sequence[str] = ("*",)) -> list[str]:
-    """Write the files of a .tar.gz, .tgz, .zip, .whl or .deb whose paths match a pattern of `members` into `folder`.
+    """Write those files of an archive (.tar.gz, .tgz, .zip, .whl, .deb) that match a pattern into `folder`.
 
-    Every member is checked, wanted or not, and one bad member refuses the whole archive. Sizes are counted as bytes
-    come out, so a header that lies about them does not help. Permissions, owners and times are not restored.
+    Every member is checked, wanted or not, and one bad member refuses the whole archive. Sizes are counted as
+    bytes come out, so a header that lies about them does not help. Permissions, owners and times are not
+    restored.
 
     Returns: the paths that were written, relative to `folder`, sorted.
 
-    Raises:
-        DataError: for a path that is absolute or leaves the folder, a link, a device, a double, too many members or
+    Raises: DataError: for a path that is absolute or leaves the folder, a link, a device, a double, too many
+        members or
             too many bytes, or a file that is no such archive.
     """
     written: list[str] = []
@@ -51,7 +56,7 @@ def unpack(archive: Path, folder: Path, members: Sequence[str] = ("*",)) -> list
                 raise DataError(f"{archive.name}: member {name!r} comes twice; refused")
             total += _copy(archive, name, stream, target, MAX_TOTAL_BYTES - total)
             written.append(path)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError, ValueError) as error:
+    except _BROKEN as error:
         raise DataError(f"{archive.name} is not a complete archive: {error}") from error
     return sorted(written)
 
@@ -79,7 +84,9 @@ def _copy(archive: Path, name: str, stream: IO[bytes], target: Path, left: int) 
             size += len(block)
             if size > MAX_FILE_BYTES or size > left:
                 limit = min(MAX_FILE_BYTES, MAX_TOTAL_BYTES)
-                raise DataError(f"{archive.name}: member {name!r} unpacks to more than {limit} bytes; refused")
+                raise DataError(
+                    f"{archive.name}: member {name!r} unpacks to more than {limit} bytes; refused"
+                )
             file.write(block)
     return size
 

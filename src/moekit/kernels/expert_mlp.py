@@ -73,16 +73,32 @@ def expert_mlp_grouped(
     b_out: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """All experts in one grouped product per map (PyTorch's own kernel). Needs widths that are multiples of 8."""
+    """All experts in one grouped product per map (PyTorch's own kernel). Needs widths that are multiples of 8.
+
+    On the CPU each expert's rows are padded with zeros to a multiple of `CPU_BLOCK`: the library underneath compiles
+    a kernel for every new number of rows, and routing brings new numbers at every step.
+    """
     if rows.shape[0] == 0 or any(size % 8 for size in (*w_in.shape[1:], *w_out.shape[1:])):
         return expert_mlp_reference(rows, tokens_per_expert, w_in, w_out, b_in, b_out, activation)
+    place = None
+    if rows.device.type == "cpu":
+        rows, tokens_per_expert, place = _pad(rows, tokens_per_expert, CPU_BLOCK)
     ends = tokens_per_expert.cumsum(0).to(torch.int32)
     hidden = F.grouped_mm(rows, w_in.transpose(-2, -1), offs=ends)
     if b_in is not None:
-        hidden = hidden + _per_row(b_in, tokens_per_expert)
+        hidden = hidden + b_in.repeat_interleave(tokens_per_expert, dim=0)
     answers = F.grouped_mm(activate(hidden, activation), w_out.transpose(-2, -1), offs=ends)
-    return answers if b_out is None else answers + _per_row(b_out, tokens_per_expert)
+    if b_out is not None:
+        answers = answers + b_out.repeat_interleave(tokens_per_expert, dim=0)
+    return answers if place is None else answers.index_select(0, place)
 
 
-def _per_row(bias: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    return bias.repeat_interleave(tokens_per_expert, dim=0)
+CPU_BLOCK = 64
+
+
+def _pad(rows: Tensor, tokens_per_expert: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows with each expert's part padded with zeros, the padded counts, and where each row went."""
+    padded = (tokens_per_expert + block - 1) // block * block
+    shift = (padded.cumsum(0) - padded) - (tokens_per_expert.cumsum(0) - tokens_per_expert)
+    place = torch.arange(rows.shape[0], device=rows.device) + shift.repeat_interleave(tokens_per_expert)
+    return rows.new_zeros(int(padded.sum()), rows.shape[1]).index_copy(0, place, rows), padded, place

@@ -81,10 +81,8 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # some network file systems refuse it for folders
+        # some network file systems refuse it for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(file)
@@ -93,9 +91,9 @@ def sync_folder(folder: Path) -> None:
 def tensor_parts(tensors: Mapping[str, Tensor]) -> tuple[int, Iterator[memoryview]]:
     """Size and content of the safetensors file of some tensors.
 
-    Only one tensor at a time is copied, and none that is contiguous on the CPU. A tensor with several names is
-    stored under the first; the others stand in the metadata as `aliases`. Errors: `CheckpointError` that names
-    a tensor which the format cannot hold.
+    Only one tensor at a time is copied, and none that is contiguous on the CPU. A tensor with several names
+    is stored under the first; the others stand in the metadata as `aliases`. Errors: `CheckpointError` that
+    names a tensor which the format cannot hold.
     """
     names: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
@@ -105,16 +103,16 @@ def tensor_parts(tensors: Mapping[str, Tensor]) -> tuple[int, Iterator[memoryvie
         plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type != "meta"
         if not plain or tensor.dtype not in _DTYPES or name == "__metadata__":
             raise CheckpointError(
-                f"tensor {name!r} cannot be saved: {type(tensor).__name__}, {tensor.layout}, {tensor.dtype}, "
-                f"on {tensor.device}. It must be a dense torch.Tensor of one of the types "
+                f"tensor {name!r} cannot be saved: {type(tensor).__name__}, {tensor.layout}, "
+                f"{tensor.dtype}, on {tensor.device}. It must be a dense torch.Tensor of one of the types "
                 f"{', '.join(map(str, _DTYPES))}, and not be named '__metadata__'"
             )
         memory = (
             tensor.device,
             tensor.data_ptr(),
-            tensor.dtype,
             tensor.shape,
             tensor.stride(),
+            tensor.dtype,
             tensor.is_neg(),
         )
         if tensor.numel() and names.setdefault(memory, name) != name:

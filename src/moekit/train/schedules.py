@@ -1,11 +1,11 @@
 """Learning-rate schedules: pure functions of the step, so that a resumed run needs no scheduler state.
 
-    scale
-    1 ┤   ╭────╮              ╭─────────────╮            ╭────────────────
-      │  ╱      ╲            ╱               ╲          ╱
-      │ ╱         ╲         ╱                  ╲       ╱
-    0 ┼╱────────────╰      ╱─────────────────────╰    ╱───────────────────
-       warm-up + cosine     warm-up, stable, decay      warm-up + constant
+scale
+1 ┤   ╭────╮              ╭─────────────╮            ╭────────────────
+  │  ╱      ╲            ╱               ╲          ╱
+  │ ╱         ╲         ╱                  ╲       ╱
+0 ┼╱────────────╰      ╱─────────────────────╰    ╱───────────────────
+   warm-up + cosine     warm-up, stable, decay      warm-up + constant
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from moekit.config.train import ScheduleConfig
 def learning_rate_scale(step: int, total_steps: int, config: ScheduleConfig) -> float:
     """Factor on the peak learning rate in optimizer step `step` (from 0) of `total_steps`.
 
-    The warm-up is linear and its first step is already at 1 / warmup_steps, so that no step is lost; it reaches
-    1 in its last step. The decay covers the steps after it and would reach `final_scale` in step `total_steps`,
-    one after the last, so that a decay to 0 loses no step either. Steps from `total_steps` on get `final_scale`
-    (a constant schedule stays at 1).
+    The warm-up is linear and its first step is already at 1 / warmup_steps, so that no step is lost; it
+    reaches 1 in its last step. The decay covers the steps after it and would reach `final_scale` in step
+    `total_steps`, one after the last, so that a decay to 0 loses no step either. Steps from `total_steps` on
+    get `final_scale` (a constant schedule stays at 1).
 
     - `cosine`: half a cosine from 1 to `final_scale` (Loshchilov & Hutter 2017, arXiv:1608.03983).
     - `wsd`: 1 until the last `decay_share` of all steps (Hu et al. 2024, arXiv:2404.06395), then

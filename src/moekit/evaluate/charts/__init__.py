@@ -10,10 +10,10 @@ colours for light and dark and a background; False for a chart inside a page, wh
 CSS variables of `theme.css_variables` and falls back to the light ones.
 """
 
+from moekit.evaluate.charts.annotations import Mark, Reference
 from moekit.evaluate.charts.bars import Bars, bar_chart, draw_bars, draw_horizontal_bars, horizontal_bars
 from moekit.evaluate.charts.canvas import Drawing
 from moekit.evaluate.charts.heatmap import draw_heat_map, heat_map
-from moekit.evaluate.charts.annotations import Mark, Reference
 from moekit.evaluate.charts.lines import Series, draw_lines, line_chart
 from moekit.evaluate.charts.multiples import draw_multiples, small_multiples
 from moekit.evaluate.charts.numbers import (

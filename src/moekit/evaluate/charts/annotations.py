@@ -34,7 +34,7 @@ def draw_reference(drawing: Drawing, reference: Reference, x_axis: Scale, y_axis
     """Dashed line with its label at the left end, below the line where there is room."""
     y = y_axis.at(reference.y)
     label = shorten(reference.label, SMALL_SIZE, x_axis.end - x_axis.start - 12)
-    drawing.line(x_axis.start, y, x_axis.end, y, stroke="muted", stroke_dasharray="3 3")
+    drawing.line(x_axis.start, y, x_axis.end, y, stroke="muted", dash="3 3")
     baseline = y + 14 if y + 18 < y_axis.start else y - 6
     drawing.text(x_axis.start + 6, baseline, label, fill="muted", halo=True)
     return (x_axis.start + 6, baseline - 10, x_axis.start + 6 + text_width(label, SMALL_SIZE), baseline + 3)

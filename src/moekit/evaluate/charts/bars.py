@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moekit.evaluate.charts.canvas import HEADING_SIZE, SMALL_SIZE, TEXT_SIZE, Drawing
 from moekit.evaluate.charts.annotations import Reference
+from moekit.evaluate.charts.canvas import HEADING_SIZE, SMALL_SIZE, TEXT_SIZE, Drawing
 from moekit.evaluate.charts.numbers import is_number
 from moekit.evaluate.charts.scale import Format, Scale, make_scale, tick_format, ticks
 from moekit.evaluate.charts.theme import SERIES, shorten, text_width
@@ -80,10 +80,10 @@ def draw_bars(
         drawing.text(left - 8, y_axis.at(value) + 4, text, fill="muted", anchor="end")
 
     slot = (width - left) / max(1, len(groups))
-    gap = min(slot * 0.28, 36) if len(bars) > 1 else slot * 0.24
+    gap = min(slot * 0.2, 36) if len(bars) > 1 else slot * 0.24
     size = (slot - gap) / max(1, len(bars))
     thin = min(size * 0.12, 2.0) if len(bars) > 1 else 0.0
-    fits = show_values and all(text_width(write(v), SMALL_SIZE) <= size + gap / 2 for v in values)
+    fits = show_values and all(text_width(write(v), SMALL_SIZE) <= size - 2 for v in values)
     for place, group in enumerate(groups):
         for index, part in enumerate(bars):
             x = left + place * slot + gap / 2 + index * size
@@ -93,7 +93,7 @@ def draw_bars(
     drawing.line(left, y_axis.at(0), width, y_axis.at(0), stroke="axis")
     if reference:
         y = y_axis.at(reference.y)
-        drawing.line(left, y, width, y, stroke="ink", stroke_dasharray="4 3", stroke_width=1.2)
+        drawing.line(left, y, width, y, stroke="ink", dash="4 3", thickness=1.2)
         if reference.label:
             drawing.text(width, y - 5, reference.label, anchor="end", halo=True)
     if x_label:

@@ -84,32 +84,41 @@ class Drawing:
         )
 
     def line(
-        self, x1: float, y1: float, x2: float, y2: float, stroke: str = "grid", **attributes: float | str
+        self,
+        x1: float,
+        y1: float,
+        x2: float,
+        y2: float,
+        *,
+        stroke: str = "grid",
+        dash: str | None = None,
+        thickness: float | None = None,
     ) -> None:
         """Draw a straight line."""
-        self.add("line", stroke=stroke, x1=x1, y1=y1, x2=x2, y2=y2, **attributes)
+        self.add(
+            "line", stroke=stroke, x1=x1, y1=y1, x2=x2, y2=y2,
+            stroke_dasharray=dash or None, stroke_width=thickness,
+        )  # fmt: skip
 
     @contextmanager
-    def group(self, **attributes: float | str | None) -> Iterator[None]:
+    def group(self, *, transform: str) -> Iterator[None]:
         """Put what is drawn inside the `with` into one `<g>`."""
-        fill, stroke = attributes.pop("fill", None), attributes.pop("stroke", None)
-        css_class = attributes.pop("css_class", None)
-        named = [None if value is None else str(value) for value in (fill, stroke, css_class)]
-        self._parts.append(self._open("g", named[0], named[1], named[2], attributes) + ">")
+        self._parts.append(f'<g transform="{transform}">')
         yield
         self._parts.append("</g>")
 
     @contextmanager
     def clipped(self, x: float, y: float, width: float, height: float) -> Iterator[None]:
         """Show what is drawn inside the `with` only within a rectangle."""
+        # The NUL, which no text can hold (`theme.clean`), becomes a name of the whole drawing in `to_svg`.
         identity = f"\0clip{self._n_ids}"
         self._n_ids += 1
         self._parts.append(
             f'<clipPath id="{identity}"><rect x="{_write(x)}" y="{_write(y)}" width="{_write(width)}" '
-            f'height="{_write(height)}"/></clipPath>'
+            f'height="{_write(height)}"/></clipPath><g clip-path="url(#{identity})">'
         )
-        with self.group(clip_path=f"url(#{identity})"):
-            yield
+        yield
+        self._parts.append("</g>")
 
     def place(self, other: Drawing, x: float, y: float) -> None:
         """Draw all of `other` with its upper left corner at `(x, y)`."""

@@ -10,7 +10,7 @@ from moekit.evaluate.charts.scale import Format, tick_format
 from moekit.evaluate.charts.theme import shorten, text_width
 
 _PALEST, _FULL = 0.03, 0.97
-_DARK_CELL = 0.56  # from this opacity on the background's colour is easier to read in a cell than ink
+_DARK_CELL = 0.69  # above this opacity, text in the background's shade has the higher contrast
 
 
 def heat_map(
@@ -46,7 +46,8 @@ def draw_heat_map(
     tip_format: Format | None = None,
     row_tip: str = "",
     column_tip: str = "",
-    key: bool = True,
+    note: str = "",
+    key: bool | None = None,
     key_label: str = "",
 ) -> Drawing:
     """Draw `values[row][column]`, from the background's colour at `low` to full colour at `high`.
@@ -55,7 +56,8 @@ def draw_heat_map(
         low, high: ends of the colour scale, `high` the largest value by default. Give both to compare maps.
         value_format: how values are written in cells and key; `tip_format` how on hover.
         row_tip, column_tip: a word put before the row's and the column's name on hover, such as "expert".
-        key: draw the colour scale below.
+        note: a muted line under the heading.
+        key: draw the colour scale below; by default where the values are not written in the cells.
     """
     finite = [value for line in values for value in line if is_number(value)]
     top_value = high if high is not None else max(finite, default=1.0)
@@ -77,6 +79,9 @@ def draw_heat_map(
         if subheading:
             drawing.text(width, 13, subheading, fill="muted", anchor="end")
         top = 24
+    if note:
+        drawing.text(0, top + 10, shorten(note, SMALL_SIZE, width), fill="muted")
+        top += 24
     _column_names(drawing, columns, left, cell_width, top + 12)
     if x_label or y_label:
         drawing.text(left - 10, top + 12, x_label or y_label, fill="muted", anchor="end")
@@ -105,11 +110,11 @@ def draw_heat_map(
                 light = _shade(value, low, top_value) < _DARK_CELL
                 drawing.text(
                     x + (cell_width - gap) / 2, y + (cell_height - gap) / 2 + size * 0.36, write(value),
-                    size=size, fill="ink" if light else "surface", anchor="middle",
+                    size=size, fill="cell-low" if light else "cell-high", anchor="middle",
                 )  # fmt: skip
     bottom = top + len(rows) * cell_height
     drawing.height = bottom + 2
-    if key:
+    if key or (key is None and not fits):
         _key(drawing, left, bottom + 12, width, low, top_value, write, key_label)
         drawing.height = bottom + 30
     return drawing

@@ -36,12 +36,6 @@ class Series:
     faint: bool = False
 
 
-
-
-
-
-
-
 def line_chart(series: Sequence[Series], *, title: str, standalone: bool = False, **options: object) -> str:
     """A line chart as SVG; `options` are those of `draw_lines`."""
     drawing = draw_lines(series, title=title, **options)  # type: ignore[arg-type]
@@ -151,7 +145,7 @@ def _legend(drawing: Drawing, shown: list[tuple[Series, tuple[str, str]]], width
         if x > 0 and x + needed - 18 > width:
             x, row = 0.0, row + 1
         y = top + 19 * row + 9
-        drawing.line(x, y, x + 22, y, stroke=colour, stroke_width=2.5, stroke_dasharray=dash or None)  # type: ignore[arg-type]
+        drawing.line(x, y, x + 22, y, stroke=colour, thickness=2.5, dash=dash)
         drawing.text(x + 28, y + 4, name, size=TEXT_SIZE, tip=line.name if name != line.name else None)
         x += needed
     return 19.0 * (row + 1) + 5 if shown else 0.0
@@ -192,9 +186,6 @@ def _axes(
             fill="muted",
             anchor="middle",
         )
-
-
-
 
 
 def _line(drawing: Drawing, line: Series, colour: str, dash: str, x_axis: Scale, y_axis: Scale) -> None:
@@ -305,5 +296,3 @@ def _hover(
             "rect", x=before, y=y_axis.end, width=max(after - before, 1), height=y_axis.start - y_axis.end,
             fill="ink", fill_opacity=0, css_class="hit", tip="\n".join(rows),
         )  # fmt: skip
-
-

@@ -16,7 +16,10 @@ COLOURS: dict[str, tuple[str, str]] = {
     "muted": ("#59636e", "#9aa4af"),
     "grid": ("#e4e8ec", "#262c36"),
     "axis": ("#8c959f", "#68727d"),
-    "heat": ("#0a5fb4", "#58a6ff"),
+    # heat over the surface: from one opacity on (heatmap._DARK_CELL) cell-high reads better, in light and dark
+    "heat": ("#053b73", "#58a6ff"),
+    "cell-low": ("#000000", "#ffffff"),
+    "cell-high": ("#ffffff", "#000000"),
     "track": ("#eef1f4", "#1b222c"),
     "s1": ("#0a5fb4", "#4493f8"),
     "s2": ("#c2500a", "#f0883e"),
@@ -32,14 +35,15 @@ DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 FONT = (
     "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Helvetica Neue', Arial, "
-    "'PingFang SC', 'Hiragino Sans GB', 'Microsoft YaHei', 'Noto Sans CJK SC', 'Noto Sans SC', 'WenQuanYi Micro Hei', sans-serif"
+    "'PingFang SC', 'Hiragino Sans GB', 'Microsoft YaHei', 'Noto Sans CJK SC', 'Noto Sans SC', "
+    "'WenQuanYi Micro Hei', sans-serif"
 )
 MONOSPACE = (
     "ui-monospace, 'SF Mono', 'Cascadia Mono', Menlo, Consolas, 'DejaVu Sans Mono', 'Noto Sans Mono CJK SC', "
     "'PingFang SC', 'Microsoft YaHei', 'Noto Sans CJK SC', monospace"
 )
 
-_NARROW = set("iljtfr.,:;'|!()[]{}I1 ")
+_NARROW = set("iljtfr.,:;'|!()[]{}I ")
 _WIDE = set("mwMWOQGD@%—–+=<>")
 # What XML 1.0 forbids, lone surrogates (no UTF-8 file can hold them), and marks that turn a line around.
 _FORBIDDEN = re.compile(
@@ -83,10 +87,12 @@ def text_width(text: str, size: float) -> float:
             width += 0.34
         elif character in _WIDE:
             width += 0.86
+        elif character.isdigit():
+            width += 0.62
         elif character.isupper():
-            width += 0.68
+            width += 0.7
         else:
-            width += 0.57
+            width += 0.59
     return width * size
 
 

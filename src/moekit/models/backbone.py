@@ -1,0 +1,174 @@
+"""The backbone between stems and heads: pre-norm transformer layers, each dense or sparse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moekit.config.errors import ConfigError
+from moekit.config.model import ModelConfig
+from moekit.layers.attention import Attention, KeyValueCache, RotaryEmbedding, attention_mask
+from moekit.layers.experts import MLP
+from moekit.layers.moe import MoE
+from moekit.layers.norm import RMSNorm
+from moekit.layers.plan import RoutingPlan
+
+
+@dataclass
+class BackboneOutput:
+    """Hidden states `[B, S, D]` after the last norm, mean auxiliary losses, and the plan of each sparse layer."""
+
+    hidden_states: Tensor
+    aux_losses: dict[str, Tensor] = field(default_factory=dict)
+    routing: tuple[RoutingPlan, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What every layer of one forward pass shares; shapes as in `Backbone.forward`."""
+
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    token_ids: Tensor | None
+    token_mask: Tensor | None
+    segment_ids: Tensor | None
+    cache: KeyValueCache | None
+
+
+class BackboneLayer(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), the latter an MLP or a MoE."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(
+            config.d_model,
+            config.n_heads,
+            config.kv_heads,
+            config.head_width,
+            qk_norm=config.qk_norm,
+            bias=config.attention_bias,
+            eps=config.norm_eps,
+        )
+        self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.feed_forward: MoE | MLP
+        if config.is_moe_layer(index):
+            self.feed_forward = MoE(config.d_model, config.moe)
+            _refuse_lookahead(self.feed_forward, config)
+        else:
+            self.feed_forward = MLP(config.d_model, config.d_ff, activation=config.activation)
+
+    def forward(
+        self, x: Tensor, inputs: LayerInputs, earlier_counts: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor], RoutingPlan | None]:
+        x = x + self.attention(self.attention_norm(x), inputs.rotary, inputs.mask, inputs.cache, self.index)
+        normed = self.feed_forward_norm(x)
+        if isinstance(self.feed_forward, MLP):
+            return x + self.feed_forward(normed), {}, None
+        out = self.feed_forward(
+            normed,
+            token_ids=inputs.token_ids,
+            token_mask=inputs.token_mask,
+            segment_ids=inputs.segment_ids,
+            earlier_counts=earlier_counts,
+        )
+        return x + out.hidden_states.to(x.dtype), out.aux_losses, out.routing
+
+
+class Backbone(nn.Module):
+    """Layers and the last norm on vectors `[B, S, D]`; `recompute` trades time for activation memory."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(BackboneLayer(config, index) for index in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.rotary = RotaryEmbedding(config.head_width, config.max_seq_len, config.rope_theta)
+        self.recompute = False
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """The sparse feed-forward blocks, first layer first."""
+        return [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoE)]  # type: ignore[misc]
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        earlier_counts: list[Tensor] | None = None,
+    ) -> BackboneOutput:
+        """Run all layers.
+
+        Args:
+            x: `[B, S, D]`.
+            token_ids: `[B, S]`, for routers that read them.
+            segment_ids: `[B, S]` document of each token; attention stays inside a document. Not with a cache.
+            token_mask: `[B, S]` False at padding. Not with a cache.
+            cache: keys and values of earlier tokens; the new ones are appended.
+            earlier_counts: per sparse layer, see `RoutingContext`.
+        """
+        batch, length, _ = x.shape
+        held = cache.length if cache is not None else 0
+        if cache is not None and (segment_ids is not None or token_mask is not None):
+            raise ConfigError("a cache cannot be used with segment_ids or token_mask; generate one document per row")
+        mask = attention_mask(batch, length, held, x.device, segment_ids, token_mask)
+        rotary = self.rotary(held, length, x)
+        inputs = LayerInputs(rotary, mask, token_ids, token_mask, segment_ids, cache)
+        counts = iter(earlier_counts or [])
+        sums: dict[str, Tensor] = {}
+        plans: list[RoutingPlan] = []
+        for layer in self.layers:
+            earlier = next(counts, None) if isinstance(layer.feed_forward, MoE) else None
+            if self.recompute and self.training:
+                x, losses, plan = checkpoint(layer, x, inputs, earlier, use_reentrant=False)
+            else:
+                x, losses, plan = layer(x, inputs, earlier)
+            for name, loss in losses.items():
+                sums[name] = sums[name] + loss if name in sums else loss
+            if plan is not None:
+                plans.append(plan)
+        if cache is not None:
+            cache.advance(length)
+        means = {name: total / len(plans) for name, total in sums.items()}
+        return BackboneOutput(self.norm(x), means, tuple(plans))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal weights; the maps back into the residual stream scaled by 1 / sqrt(2 * n_layers) (GPT-2)."""
+        std = self.config.init_std
+        back = std / math.sqrt(2 * self.config.n_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                is_back = name.endswith(("attention.out", "w_out", "linear"))
+                nn.init.normal_(module.weight, std=back if is_back else std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        from moekit.layers.experts import StackedMLP  # noqa: PLC0415
+        from moekit.layers.routing import LearnedRouter  # noqa: PLC0415
+
+        for module in self.modules():
+            if isinstance(module, StackedMLP):
+                module.reset_parameters(std, back)
+            elif isinstance(module, LearnedRouter):
+                module.reset_parameters(std)
+
+
+def _refuse_lookahead(layer: MoE, config: ModelConfig) -> None:
+    if layer.causal or config.allow_noncausal_router:
+        return
+    cause = f"router {layer.router.name!r} looks at later tokens"
+    if layer.router.causal:
+        cause = "moe.drop_policy 'probability' drops a token because of later ones"
+    raise ConfigError(
+        f"a decoder predicts later tokens, but {cause}, so its training loss would be too good to be true. "
+        "Choose another, or set model.allow_noncausal_router: true if you know why."
+    )

@@ -1,0 +1,17 @@
+"""Stems turn one modality into token vectors `[B, S, D]`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenStem(nn.Module):
+    """Token ids `[B, S]` to vectors `[B, S, D]` by a table `weight [V, D]`."""
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return nn.functional.embedding(token_ids, self.weight)
