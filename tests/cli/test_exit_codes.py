@@ -96,9 +96,12 @@ def test_no_verb_shows_help_and_ends_with_2(moekit_command):
     assert "quickstart" in result.err
 
 
-def test_a_closed_pipe_is_no_error():
-    code = "import sys; from moekit.cli.main import main; sys.exit(main(['config', 'show']))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize(
+    "arguments", [["config", "show"], ["--help"], ["train", "--help"], ["data", "list"], ["doctor"]]
+)
+def test_a_closed_pipe_is_no_error(arguments):
+    command = [sys.executable, "-m", "moekit", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()
     _, err = process.communicate()

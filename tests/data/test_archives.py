@@ -112,7 +112,7 @@ def test_deb_archives_are_unpacked_without_their_scripts(tmp_path: Path) -> None
     tree = tmp_path / "tree"
     (tree / "DEBIAN").mkdir(parents=True)
     (tree / "DEBIAN/control").write_text(
-        "Package: thing\nVersion: 1\nArchitecture: all\nMaintainer: nobody <n@example.invalid>\nDescription: x\n"
+        "Package: thing\nVersion: 1\nArchitecture: all\nMaintainer: n <n@example.invalid>\nDescription: x\n"
     )
     script = tree / "DEBIAN/postinst"
     script.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
@@ -120,11 +120,8 @@ def test_deb_archives_are_unpacked_without_their_scripts(tmp_path: Path) -> None
     (tree / "usr/share").mkdir(parents=True)
     (tree / "usr/share/text.txt").write_text("from a deb")
     archive = tmp_path / "thing.deb"
-    subprocess.run(
-        ["dpkg-deb", "--build", "--root-owner-group", str(tree), str(archive)],
-        check=True,
-        capture_output=True,
-    )
+    command = ["dpkg-deb", "--build", "--root-owner-group", str(tree), str(archive)]
+    subprocess.run(command, check=True, capture_output=True)
     assert unpack(archive, tmp_path / "out", ("usr/share/*",)) == ["usr/share/text.txt"]
     assert (tmp_path / "out/usr/share/text.txt").read_text() == "from a deb"
     assert not (tmp_path / "ran").exists()

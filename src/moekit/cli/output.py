@@ -63,7 +63,8 @@ def print_tables(answer: Mapping[str, Any], title: str) -> None:
     console = Console()
     singles = {key: value for key, value in answer.items() if not isinstance(value, Mapping)}
     if singles:
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        console.print(title, style="bold", highlight=False, markup=False)
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for key, value in singles.items():
             table.add_row(key.replace("_", " "), cell(value))
         console.print(table)

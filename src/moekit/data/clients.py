@@ -63,7 +63,8 @@ def check_digest(path: Path, digest: str) -> None:
 
 # pip prepares the metadata of an sdist before it saves it, which would run the package's setup.py. This
 # stand-in for setuptools reads the two fields that pip compares from PKG-INFO, so that no line of the package
-# runs and neither setuptools nor a build environment is needed.
+# runs and neither setuptools nor a build environment is needed. (An sdist with a pyproject.toml may name
+# another backend, which would run after the hash check; the packages used here have none.)
 _METADATA_ONLY_BACKEND = """\
 import os, sys
 

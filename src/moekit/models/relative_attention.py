@@ -99,12 +99,13 @@ class _RelativeAttention(torch.autograd.Function):
     ) -> Tensor:
         n_queries, n_heads = content_query.shape[1:3]
         n_keys = key_value.shape[1]
+        relative_key = relative_key.transpose(0, 1).contiguous()  # [H, K + 1, Dh]
         out = torch.empty_like(content_query, memory_format=torch.contiguous_format)
         kept = []
         for rows, queries, keys in _blocks(content_query, n_keys):
             distances = slice(n_keys - keys.stop, None)
             by_distance = torch.bmm(
-                _per_head(position_query[rows, queries]), relative_key[distances].permute(1, 2, 0)
+                _per_head(position_query[rows, queries]), relative_key[:, distances].transpose(1, 2)
             ).view(-1, queries.stop - queries.start, keys.stop + 1)
             scores = torch.baddbmm(
                 relative_shift(by_distance),
@@ -126,45 +127,42 @@ class _RelativeAttention(torch.autograd.Function):
         n_keys = key_value.shape[1]
         grad_content = torch.empty_like(content_query, memory_format=torch.contiguous_format)
         grad_position = torch.empty_like(position_query, memory_format=torch.contiguous_format)
-        grad_key_value = torch.zeros_like(key_value, memory_format=torch.contiguous_format)
+        grad_key_value = torch.empty_like(key_value, memory_format=torch.contiguous_format)
         # a distance is shared by all rows and blocks, so its gradient is summed in at least float32
         wide = torch.promote_types(relative_key.dtype, torch.float32)
         grad_relative = torch.zeros(relative_key.shape, dtype=wide, device=relative_key.device)
+        n_heads = content_query.shape[2]
         for (rows, queries, keys), probs in zip(_blocks(content_query, n_keys), kept, strict=True):
-            n_heads = content_query.shape[2]
+            # the last queries of a row come first and reach every key: they write what the others add to
+            put_or_add = _put if keys.stop == n_keys else _add
             distances = slice(n_keys - keys.stop, None)
             grad = _per_head_and_row(grad_out[rows, queries])
-            _add(grad_key_value[:, :, 1], rows, keys, torch.bmm(probs.transpose(1, 2), grad))
             grad_probs = torch.bmm(grad, _per_head_and_row(key_value[rows, keys, 1]).transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-            _put(grad_content, rows, queries, torch.bmm(grad_scores, _per_head_and_row(key_value[rows, keys, 0])))
-            _add(
-                grad_key_value[:, :, 0],
-                rows,
-                keys,
-                torch.bmm(grad_scores.transpose(1, 2), _per_head_and_row(content_query[rows, queries])),
-            )
+            grad_value = torch.bmm(probs.transpose(1, 2), grad)
+            put_or_add(grad_key_value[:, :, 1], rows, keys, grad_value)
+            grad_key = torch.bmm(grad_scores.transpose(1, 2), _per_head_and_row(content_query[rows, queries]))
+            put_or_add(grad_key_value[:, :, 0], rows, keys, grad_key)
+            grad_query = torch.bmm(grad_scores, _per_head_and_row(key_value[rows, keys, 0]))
+            _put(grad_content, rows, queries, grad_query)
             by_distance = undo_relative_shift(grad_scores).view(n_heads, -1, keys.stop + 1)
-            _put(
-                grad_position, rows, queries,
-                torch.bmm(by_distance, relative_key[distances].transpose(0, 1)).view_as(grad),
-            )  # fmt: skip
-            grad_relative[distances] += torch.bmm(
-                by_distance.transpose(1, 2), _per_head(position_query[rows, queries])
-            ).transpose(0, 1)
-        return grad_content, grad_position, grad_key_value, grad_relative.to(relative_key.dtype), None
+            _put(grad_position, rows, queries, torch.bmm(by_distance, relative_key[:, distances]))
+            position = _per_head(position_query[rows, queries])
+            grad_relative[:, distances] += torch.bmm(by_distance.transpose(1, 2), position)
+        grad_relative = grad_relative.transpose(0, 1).to(relative_key.dtype)
+        return grad_content, grad_position, grad_key_value, grad_relative, None
 
 
 def _blocks(query: Tensor, n_keys: int) -> Iterator[tuple[slice, slice, slice]]:
-    """(rows of the batch, queries, keys that the last of these queries reaches) of each block."""
+    """(rows of the batch, queries, keys that the last of these queries reaches); the last queries of a row first."""
     batch, n_queries, n_heads = query.shape[:3]
     device = query.device.type
     step = min(n_queries, _BLOCK_QUERIES.get(device, _BLOCK_QUERIES_ELSEWHERE))
     n_rows = max(1, _BLOCK_SCORES.get(device, _BLOCK_SCORES_ELSEWHERE) // (n_heads * step * n_keys))
     for row in range(0, batch, n_rows):
-        for start in range(0, n_queries, step):
-            stop = min(start + step, n_queries)
-            yield slice(row, min(row + n_rows, batch)), slice(start, stop), slice(0, n_keys - n_queries + stop)
+        for stop in range(n_queries, 0, -step):
+            queries = slice(max(stop - step, 0), stop)
+            yield slice(row, min(row + n_rows, batch)), queries, slice(0, n_keys - n_queries + stop)
 
 
 def _per_head(x: Tensor) -> Tensor:

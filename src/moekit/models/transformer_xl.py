@@ -216,7 +216,7 @@ class _Layer(nn.Module):
         return self.feed_forward_norm(hidden + self._feed_forward(hidden))
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
-        return self.dropout(self.reduce(F.relu(self.expand(hidden), inplace=True)))
+        return self.dropout(self.reduce(F.relu(self.expand(hidden))))
 
 
 class _Attention(nn.Module):

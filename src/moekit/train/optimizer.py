@@ -3,7 +3,7 @@
     role          which parameters                                             lr scale
     routers       anything under `.router.`                                    router_lr_scale
     experts       stacked or module experts, anything under `.experts.`        expert_lr_scale
-    embeddings    `nn.Embedding`, tied to the output or not                    embedding_lr_scale
+    embeddings    `TokenStem` and `nn.Embedding`, tied to the output or not    embedding_lr_scale
     matrices      the rest                                                     1
 
 Matrices decay. Vectors (norms, biases, everything with one axis) and embeddings do not: they stand in a group
@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from moekit.config.errors import CheckpointError, ConfigError, nearest, require
 from moekit.config.train import OptimizerConfig
 from moekit.layers.experts import ExpertGroups, ModuleExperts, NullExperts, StackedMLP
+from moekit.models.stems import TokenStem
 
 _EXPERTS = (StackedMLP, ModuleExperts, NullExperts, ExpertGroups)
+_EMBEDDINGS = (nn.Embedding, TokenStem)
 _STACKED = (StackedMLP, NullExperts)  # the first axis counts experts, so that a bias has two
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -63,16 +66,13 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     ]  # fmt: skip
     if not groups:
         raise ConfigError("the model has no parameter to train: every requires_grad is False")
-    for fused in (True, None):
-        try:
-            return torch.optim.AdamW(
-                [dict(group) for group in groups],
-                lr=config.lr, betas=config.betas, eps=config.eps, fused=fused,
-            )  # fmt: skip
-        except RuntimeError:
-            if fused is None:  # otherwise torch says that a device or a type has no fused kernel
-                raise
-    raise AssertionError("unreachable")
+    # torch finds out only in the first step that it has no fused kernel for a device or a type
+    fused = all(
+        parameter.is_floating_point() and parameter.device.type in _FUSED_DEVICES
+        for name in members
+        for parameter in members[name]
+    )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
 
 
 def parameter_groups(model: nn.Module) -> dict[str, str]:
@@ -183,7 +183,7 @@ def _group_of(name: str, parameter: nn.Parameter, modules: Mapping[str, nn.Modul
             role = "expert"
         elif part.startswith("shared"):
             role = ""
-    if not role and isinstance(owners[-1], nn.Embedding):
+    if not role and isinstance(owners[-1], _EMBEDDINGS):
         return "embeddings"
     axes = parameter.ndim - isinstance(owners[-1], _STACKED)
     if axes < 2 or last.endswith("bias"):

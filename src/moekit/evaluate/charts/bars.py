@@ -70,7 +70,10 @@ def draw_bars(
     values = [value for part in bars for value in part.values if is_number(value)]
     values += [0.0] + ([reference.y] if reference else [])
     highest = y_max if y_max is not None else max(values)
-    y_axis = make_scale([*values, highest], bottom, top, limits=(min(0.0, *values), None), padding=0.06)
+    limits = (0.0 if min(values) >= 0 else None, None)  # room for the values under negative bars
+    y_axis = make_scale(
+        [*values, highest], bottom, top, limits=limits, padding=0.06 if min(values) >= 0 else 0.12
+    )
     y_ticks = ticks(y_axis, max(2, round((bottom - top) / 48)))
     y_text = [(value, (y_format or tick_format(y_ticks))(value)) for value in y_ticks]
     write = value_format or tick_format(values)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moekit.evaluate.charts.canvas import HEADING_SIZE, SMALL_SIZE, TEXT_SIZE, Drawing
 from moekit.evaluate.charts.numbers import is_number
-from moekit.evaluate.charts.scale import Format, tick_format
+from moekit.evaluate.charts.scale import Format
 from moekit.evaluate.charts.theme import shorten, text_width
 
 _PALEST, _FULL = 0.03, 0.97
@@ -63,7 +63,7 @@ def draw_heat_map(
     top_value = high if high is not None else max(finite, default=1.0)
     if top_value <= low:
         top_value = low + 1.0
-    write = value_format or tick_format(sorted({low, top_value}))
+    write = value_format or (lambda value: f"{value:.3g}")
     show = tip_format or write
     names = [shorten(name, TEXT_SIZE, width * 0.3) for name in rows]
     left = max((text_width(name, TEXT_SIZE) for name in names), default=0.0) + 10

@@ -13,6 +13,7 @@ from moekit.evaluate.charts.theme import DASHES, SERIES, shorten, text_width
 
 Values = Sequence[float | None]
 _MAX_HOVER_BANDS = 80
+_SMALLEST_PLOT = 120.0
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,20 @@ def draw_lines(
         drawing.text(0, top + 11, shorten(y_label, SMALL_SIZE, width), fill="muted")
         top += 16
     top += 7
-    bottom = height - (40 if x_label else 24)
+    below = 40 if x_label else 24
+    drawing.height = height = max(height, top + _SMALLEST_PLOT + below)  # a long legend must not eat the plot
+    bottom = height - below
 
     every_y = [value for line in series for part in (line.y, line.low, line.high) for value in part or ()]
     every_y += [reference.y for reference in references]
     y_axis = make_scale(every_y, bottom, top, log=y_log, limits=y_limits)
     y_ticks = ticks(y_axis, max(2, round((bottom - top) / 48)))
-    y_text = [(value, (y_format or tick_format(y_ticks))(value)) for value in y_ticks]
+    y_text = [(value, (y_format or tick_format(y_ticks, y_log))(value)) for value in y_ticks]
     left = max([text_width(text, SMALL_SIZE) for _, text in y_text], default=0.0) + 8
     right = width - 10
     if labels == "direct":
         right = width - min(
-            width * 0.4, max([text_width(line.name, TEXT_SIZE) for line, _ in shown], default=0.0) + 14
+            width * 0.4, max([1.1 * text_width(line.name, TEXT_SIZE) for line, _ in shown], default=0.0) + 14
         )
     every_x = [value for line in series for value in line.x]
     x_axis = make_scale(every_x, left, right, log=x_log, limits=x_limits, padding=0.0)
@@ -115,7 +118,7 @@ def draw_lines(
         for line, (colour, dash) in named:
             _line(drawing, line, colour, dash, x_axis, y_axis)
     _line_ends(drawing, shown, x_axis, y_axis, labels == "direct", width)
-    _hover(drawing, shown, x_axis, y_axis, x_label, x_format, value_format or tick_format(y_ticks))
+    _hover(drawing, shown, x_axis, y_axis, x_label, x_format, value_format or tick_format(y_ticks, y_log))
     points = [(x_axis.at(x), y_axis.at(y)) for line in series for x, y in _placed(line, x_axis, y_axis)]
     for mark in marks:
         if x_axis.shows(mark.x) and y_axis.shows(mark.y):
@@ -166,7 +169,7 @@ def _axes(
         drawing.line(left, y, right, y)
         drawing.text(left - 8, y + 4, text, fill="muted", anchor="end")
     values = ticks(x_axis, max(2, round((right - left) / 85)))
-    write = x_format or tick_format(values)
+    write = x_format or tick_format(values, x_axis.log)
     last_end = -1e9
     for value in values:
         x, text = x_axis.at(value), write(value)
@@ -250,7 +253,7 @@ def _line_ends(
         limit = heights[index + 1] - gap if index + 1 < len(heights) else y_axis.start
         heights[index] = min(heights[index], limit) if overflow else heights[index]
     for (_, _, name, colour, full), y in zip(labels, heights, strict=True):
-        text = shorten(name, TEXT_SIZE, width - x_axis.end - 9)
+        text = shorten(name, 1.1 * TEXT_SIZE, width - x_axis.end - 9)
         drawing.text(
             x_axis.end + 9,
             y + 4,

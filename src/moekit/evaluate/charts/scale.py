@@ -98,8 +98,14 @@ def ticks(scale: Scale, wanted: int = 5) -> list[float]:
     return [round(index * step, 12) + 0.0 for index in range(first, last + 1)]
 
 
-def tick_format(values: list[float]) -> Format:
-    """A format for tick labels: as few decimals as tell the ticks apart, k and M for large ones."""
+def tick_format(values: list[float], log: bool = False) -> Format:
+    """A format for tick labels: as few decimals as tell the ticks apart, k and M for large ones.
+
+    >>> [tick_format([0.0, 0.5, 1.0])(0.5), tick_format([0.001, 1.0], log=True)(1.0)]
+    ['0.5', '1']
+    """
+    if log:
+        return lambda value: f"{value:.3g}" if abs(value) < 1 else format_count(value)
     if not values or max(abs(value) for value in values) >= 10_000:
         return format_count
     gaps = [abs(b - a) for a, b in pairwise(values)] or [abs(values[0]) or 1.0]

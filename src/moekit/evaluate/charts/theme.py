@@ -16,7 +16,7 @@ COLOURS: dict[str, tuple[str, str]] = {
     "muted": ("#59636e", "#9aa4af"),
     "grid": ("#e4e8ec", "#262c36"),
     "axis": ("#8c959f", "#68727d"),
-    # heat over the surface: from one opacity on (heatmap._DARK_CELL) cell-high reads better, in light and dark
+    # heat lies over the surface; above one opacity (heatmap._DARK_CELL) cell-high is the easier to read
     "heat": ("#053b73", "#58a6ff"),
     "cell-low": ("#000000", "#ffffff"),
     "cell-high": ("#ffffff", "#000000"),
@@ -76,7 +76,7 @@ def escape(text: object) -> str:
 
 
 def text_width(text: str, size: float) -> float:
-    """Estimated width in pixels of `text` in a sans-serif face; Chinese counts one em."""
+    """Width in pixels that `text` takes at most in a common sans-serif face; Chinese counts one em."""
     width = 0.0
     for character in text:
         if unicodedata.east_asian_width(character) in "WF":
@@ -86,13 +86,13 @@ def text_width(text: str, size: float) -> float:
         elif character in _NARROW:
             width += 0.34
         elif character in _WIDE:
-            width += 0.86
+            width += 0.95
         elif character.isdigit():
-            width += 0.62
+            width += 0.64
         elif character.isupper():
-            width += 0.7
+            width += 0.72
         else:
-            width += 0.59
+            width += 0.62
     return width * size
 
 

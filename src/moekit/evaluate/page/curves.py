@@ -1,4 +1,4 @@
-"""Loss curves of a report: which loss to draw, how to smooth it, and where one model reaches another's loss."""
+"""Loss curves of a report: which loss to draw, how to smooth it, where one model reaches another's loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def loss_key(models: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def points(curve: Sequence[Point], key: str, axis: str) -> tuple[list[float], list[float]]:
-    """The places on `axis` ("step", "tokens", "seconds") and the values of `key`, where both are finite numbers."""
+    """Places on `axis` ("step", "tokens", "seconds") and values of `key`, where both are finite."""
     pairs = [
         (point[axis], point.get(key))
         for point in curve
@@ -43,7 +43,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def smoothed(curve: Sequence[Point], key: str, axis: str) -> tuple[list[float], list[float]]:
-    """`points`, with a training loss averaged over a twelfth of the curve; a validation loss stays as it is."""
+    """`points`, a training loss averaged over a twelfth of the curve, a validation loss as it is."""
     x, y = points(curve, key, axis)
     return x, (smooth(y, max(1, len(y) // 12)) if key == "loss" else y)
 
@@ -72,9 +72,10 @@ def final_loss(curve: Sequence[Point], key: str) -> float | None:
 
 
 def to_dense_loss(models: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """The report's `to_dense_loss`: shares of the dense twin's steps and seconds that the MoE needs for its final loss.
+    """The report's `to_dense_loss`: what the MoE needs for the dense twin's final loss, as shares.
 
-    Uses validation losses where both models have them. None where the MoE never gets there or a curve is missing.
+    Uses validation losses where both models have them. None where the MoE never gets there or a curve is
+    missing.
     """
     shares: dict[str, float | None] = {"steps_share": None, "seconds_share": None}
     if "moe" not in models or "dense" not in models:

@@ -11,7 +11,8 @@ from typing import Any
 from moekit.evaluate.charts.theme import FONT, MONOSPACE, css_variables, escape
 from moekit.evaluate.page.glossary import glossary_section
 from moekit.evaluate.page.headline import make_headline
-from moekit.evaluate.page.results import curves_section, domains_section, gap_section, summary_section, tiles
+from moekit.evaluate.page.losses import curves_section
+from moekit.evaluate.page.results import domains_section, gap_section, summary_section, tiles
 from moekit.evaluate.page.routing import experts_section, load_section
 from moekit.evaluate.page.schema import check_report
 from moekit.evaluate.page.story import made_section, notes_section, samples_section
@@ -70,8 +71,8 @@ def render_quickstart_page(report: Mapping[str, Any]) -> str:
 {tiles(report)}
 </header>
 {"".join(section for section in sections if section)}
-<footer>Made by moekit {escape(report["moekit_version"])} from <code>report.json</code>, which lies beside this page
-and holds every number on it.</footer>
+<footer>Made by moekit {escape(report["moekit_version"])} from <code>report.json</code>, which lies beside
+this page and holds every number on it.</footer>
 </main>
 <div id="tip" role="status" hidden></div>
 <script>{script}</script>

@@ -8,7 +8,7 @@ from typing import Any
 from moekit.evaluate.charts import draw_multiples
 from moekit.evaluate.charts.numbers import format_count, is_number
 from moekit.evaluate.page.headline import are_equal, make_headline, present
-from moekit.evaluate.page.results import draw_loss
+from moekit.evaluate.page.losses import draw_loss
 from moekit.evaluate.page.routing import draw_experts, overlap
 from moekit.evaluate.page.schema import check_report
 
@@ -16,10 +16,10 @@ _HEIGHT = 392.0
 
 
 def summary_figure(report: Mapping[str, Any]) -> str:
-    """One SVG file of about 900 x 420 pixels for light and dark pages: loss over tokens, and experts by domain.
+    """One SVG file of 908 x 420 pixels for light and dark pages: loss over tokens, and experts by domain.
 
-    The heat map shows the layer whose domains differ most in their experts; without routing data the loss takes
-    the whole width.
+    The heat map shows the layer whose domains differ most in their experts; without routing data the loss
+    takes the whole width.
 
     Raises:
         DataError: if a key of the report is missing or wrong.

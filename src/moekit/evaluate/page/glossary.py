@@ -11,19 +11,19 @@ from moekit.evaluate.page.blocks import section
 _TERMS = (
     (
         "Mixture of experts (MoE)",
-        "A network whose feed-forward blocks are many small ones, the experts, of which each token uses only a few.",
+        "A network whose feed-forward blocks are split into many experts, of which each token uses a few.",
         "moe",
     ),
     ("Router", "The small layer that chooses the experts for a token and weighs their answers.", "moe"),
     (
         "Dense twin",
-        "An ordinary model of the same shape with one feed-forward block per layer, as large as the experts that one "
-        "token of the MoE uses together.",
+        "An ordinary model of the same shape with one feed-forward block per layer, as large as the experts "
+        "that one token of the MoE uses together.",
         "dense",
     ),
     (
         "Transformer-XL",
-        "A dense model that carries a memory of the preceding text from segment to segment (Dai et al. 2019).",
+        "A dense model that carries a memory of the text before from segment to segment (Dai et al. 2019).",
         "transformer_xl",
     ),
     ("Active parameters", "The weights that one token touches; they set the compute per token.", ""),
@@ -40,8 +40,8 @@ _TERMS = (
     ),
     (
         "Loss",
-        "The mean of −ln p, where p is the probability that the model gave to the token that came; in nats. Lower is "
-        "better.",
+        "The mean of −ln p, where p is the probability that the model gave to the token that came; in nats. "
+        "Lower is better.",
         "",
     ),
     (

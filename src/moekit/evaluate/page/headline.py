@@ -1,4 +1,4 @@
-"""The result in words, computed from the numbers of a report; a lost comparison is said as plainly as a won one."""
+"""The result in words, computed from a report; a lost comparison is said as plainly as a won one."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def _verdict(report: Mapping[str, Any], subject: str, others: list[str]) -> str:
         value = report["models"][subject]["bits_per_byte"]["mean"]
         if not is_number(value):
             return f"{_SUBJECT[subject]} has no finite loss: the training diverged or was not evaluated."
-        return f"{_SUBJECT[subject]} needs {format_number(value)} bits per byte on average; nothing to compare with."
+        alone = f"{_SUBJECT[subject]} needs {format_number(value)} bits per byte on average"
+        return f"{alone}; there is nothing to compare it with."
     sentence, previous = "", ""
     for other, share in known:
         kind = "level" if abs(share) < _LEVEL else "fewer" if share < 0 else "more"

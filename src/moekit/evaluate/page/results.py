@@ -1,4 +1,4 @@
-"""The sections on quality and cost: key figures, summary table, loss curves, bits per byte, generalisation."""
+"""The sections on quality and cost: key figures, summary table, bits per byte by domain, generalisation."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from typing import Any
 from moekit.evaluate.charts import (
     Bars,
     Drawing,
-    Mark,
-    Reference,
-    Series,
     draw_bars,
     draw_horizontal_bars,
-    draw_lines,
 )
 from moekit.evaluate.charts.numbers import (
     format_bytes,
@@ -26,14 +22,10 @@ from moekit.evaluate.charts.numbers import (
 )
 from moekit.evaluate.charts.theme import escape
 from moekit.evaluate.page.blocks import NARROW, figure, grid, section
-from moekit.evaluate.page.curves import final_loss, loss_key, points, reach, smoothed
 from moekit.evaluate.page.headline import present, relative
-from moekit.evaluate.page.schema import MODEL_COLOURS, MODEL_DASHES, MODEL_NAMES
+from moekit.evaluate.page.schema import MODEL_COLOURS, MODEL_NAMES
 
 Report = Mapping[str, Any]
-_HIDDEN_START = (
-    0.08  # share of training whose losses, far above the rest, are cut off at the top of the chart
-)
 
 
 def tiles(report: Report) -> str:
@@ -76,7 +68,7 @@ def summary_section(report: Report) -> str:
     """The table of all models: quality, size, speed, memory, time."""
     names = present(report)
     head = "".join(
-        f'<th scope="col"><span class="swatch {MODEL_COLOURS[name]}"></span>{MODEL_NAMES[name]}</th>'
+        f'<th scope="col"><span class="swatch {MODEL_COLOURS[name]}"></span>{MODEL_NAMES[name].replace("sf", "s&shy;f")}</th>'
         for name in names
     )
     bits: list[tuple[str, str, Callable[[Any], str], str]] = [
@@ -136,109 +128,6 @@ def _cells(report: Report, names: Sequence[str], path: str, write: Callable[[Any
     return cells
 
 
-def curves_section(report: Report) -> str:
-    """Loss over tokens and over seconds, with the place where the MoE reaches the dense twin's final loss."""
-    models = {name: report["models"][name] for name in present(report) if report["models"][name]["curve"]}
-    if not models:
-        return ""
-    key = loss_key(models)
-    kind = "validation" if key == "validation_loss" else "training"
-    seconds = [point["seconds"] for model in models.values() for point in model["curve"]]
-    longest = max((value for value in seconds if is_number(value)), default=0.0)
-    unit, size = (
-        ("minutes", 60.0) if longest > 180 else ("hours", 3600.0) if longest > 10_800 else ("seconds", 1.0)
-    )
-    over_tokens = figure(
-        lambda width: draw_loss(report, "tokens", "training tokens", 1.0, width, format_count)
-    )
-    over_time = figure(lambda width: draw_loss(report, "seconds", f"{unit} of training", size, width, None))
-    intro = f"Loss on {kind} text, in nats per token, over tokens seen (left) and over time (right)."
-    if key == "loss":
-        intro += " No validation losses were recorded; the lines are averages over a twelfth of the run."
-    if _limits(models, key)[1] is not None:
-        intro += f" The first {_HIDDEN_START:.0%} of training lies above the charts."
-    return section("curves", "Loss during training", intro, grid([over_tokens, over_time]))
-
-
-def _limits(models: Mapping[str, Mapping[str, Any]], key: str) -> tuple[float | None, float | None]:
-    """A range for the losses that leaves out the steep start, if the curves are long enough to have one."""
-    lows, highs = [], []
-    for model in models.values():
-        x, y = smoothed(model["curve"], key, "tokens")
-        late = [value for place, value in zip(x, y, strict=True) if place >= _HIDDEN_START * x[-1]]
-        if len(y) < 8 or len(late) == len(y):
-            return (None, None)
-        lows.append(min(y))
-        highs.append(max(late))
-    low, high = min(lows), max(highs)
-    return (low - 0.12 * (high - low), high) if high > low else (None, None)
-
-
-def draw_loss(
-    report: Report,
-    axis: str,
-    x_label: str,
-    unit: float,
-    width: float,
-    x_format: Callable[[float], str] | None,
-    *,
-    height: float = 330,
-    heading: str | None = None,
-    labels: str = "legend",
-) -> Drawing:
-    """Loss of each model over `axis` ("tokens" or "seconds", divided by `unit`)."""
-    models = {name: report["models"][name] for name in present(report) if report["models"][name]["curve"]}
-    key = loss_key(models)
-    lines = []
-    for name, model in models.items():
-        colour, dash = MODEL_COLOURS[name], MODEL_DASHES[name]
-        x, y = smoothed(model["curve"], key, axis)
-        if key == "loss":
-            raw = points(model["curve"], key, axis)[1]
-            lines.append(Series(name, [v / unit for v in x], raw, colour=colour, faint=True))
-        final = f" {format_number(y[-1], 3)}" if y and labels == "legend" else ""
-        lines.append(Series(f"{MODEL_NAMES[name]}{final}", [v / unit for v in x], y, colour, dash))
-    references, marks = _crossing(models, key, axis, unit)
-    ends = ", ".join(
-        f"{MODEL_NAMES[n]} {format_number(final_loss(m['curve'], key))}" for n, m in models.items()
-    )
-    kind = "validation" if key == "validation_loss" else "training"
-    return draw_lines(
-        lines,
-        title=f"{kind} loss over {x_label}",
-        description=f"Final losses in nats per token: {ends}.",
-        heading=heading,
-        x_label=x_label,
-        y_label=f"{kind} loss, nats per token",
-        width=width,
-        height=height,
-        x_limits=(0.0, None),
-        y_limits=_limits(models, key),
-        x_format=x_format,
-        value_format=format_number,
-        references=references,
-        marks=marks,
-        labels=labels,
-    )
-
-
-def _crossing(
-    models: Mapping[str, Mapping[str, Any]], key: str, axis: str, unit: float
-) -> tuple[list[Reference], list[Mark]]:
-    """The dense twin's final loss as a line, and the point where the MoE comes down to it."""
-    target = final_loss(models["dense"]["curve"], key) if "dense" in models else None
-    if target is None or len(models) < 2:
-        return [], []
-    references = [Reference(target, f"dense twin’s final loss {format_number(target)}")]
-    whole = points(models["dense"]["curve"], key, axis)[0]
-    place = reach(models["moe"]["curve"], target, axis, key) if "moe" in models else None
-    if place is None or not whole or whole[-1] <= 0:
-        return references, []
-    noun = "time" if axis == "seconds" else "tokens"
-    label = f"MoE is there after {format_percent(place / whole[-1], 0)}\nof the dense twin’s {noun}"
-    return references, [Mark(place / unit, target, label, MODEL_COLOURS["moe"])]
-
-
 def domains_section(report: Report) -> str:
     """Bits per byte of each domain, and each domain's difference to the dense twin."""
     names, domains = present(report), domains_of(report)
@@ -273,14 +162,14 @@ def domains_section(report: Report) -> str:
 
         figures.append(figure(draw))
     intro = (
-        "How many bits a model needs on average to encode one byte of unseen text. Bytes, unlike tokens, do not "
-        "depend on the tokenizer, so languages and models can be compared."
+        "How many bits a model needs on average to encode one byte of unseen text. Bytes, unlike tokens, do "
+        "not depend on the tokenizer, so languages and models can be compared."
     )
     return section("domains", "Bits per byte by domain", intro, grid(figures))
 
 
 def _grouped(groups: Sequence[str], bars: Sequence[Bars], title: str, label: str) -> str:
-    """Upright bars where the values fit above them, horizontal ones in a narrow window or with many groups."""
+    """Upright bars; horizontal ones in a narrow window or where the values would not fit above them."""
 
     def draw(width: float) -> Drawing:
         if width <= NARROW or len(groups) * len(bars) > 15:
@@ -322,14 +211,14 @@ def gap_section(report: Report) -> str:
         gap = report["models"][name]["gap"]
         if is_number(gap["train"]) and is_number(gap["validation"]):
             gaps.append(f"{MODEL_NAMES[name]} {_signed(gap['validation'] - gap['train'])}")
-    intro = "A model that learns its training text by heart shows it as a gap between training and validation text."
+    intro = "A model that learns its training text by heart does much better on it than on validation text."
     said = (
         f"<p>Gap from training to validation text, in bits per byte: {', '.join(gaps)}.</p>" if gaps else ""
     )
     if len(fields) == 3:
         said += (
-            f"<p>No model trained on {escape(held_out) if held_out else 'the held-out domain'}; its level also says "
-            "how hard that text is, so compare models within it, not it with the other text.</p>"
+            f"<p>No model trained on {escape(held_out or 'the held-out domain')}; its level also says "
+            "how hard that text is, so compare the models on it, not it with the other texts.</p>"
         )
     chart = _grouped([label for _, label in fields], bars, "Bits per byte by kind of text", "bits per byte")
     return section(

@@ -39,9 +39,9 @@ def load_section(report: Report) -> str:
         ("dropped tokens", format_percent(balance["dropped_share"])),
     ]
     intro = (
-        "Each bar is the share of routed tokens that an expert received on the validation text; the dashed line "
-        "is the even share. Max violation says by how much the busiest expert lies above the mean: 0 is perfect, "
-        "0.10 means 10% more."
+        "Each bar is the share of routed tokens that an expert received on the validation text; the dashed "
+        "line is the even share. Max violation says by how much the busiest expert lies above the mean: 0 is "
+        "perfect, 0.10 means 10% more."
     )
     history = [point for point in balance.get("history") or [] if is_number(point["max_violation"])]
     course = ""
@@ -58,15 +58,15 @@ def load_section(report: Report) -> str:
 
 
 def _draw_load(layer: Mapping[str, Any], highest: float, width: float) -> Drawing:
-    load = layer["load"]
+    load, violation = layer["load"], format_number(layer["max_violation"], 3)
     even = 1 / max(1, len(load))
     return draw_bars(
         [str(index) for index in range(len(load))],
         [Bars("", [None if value is None else value * 100 for value in load], "s1")],
         title=f"Load per expert, layer {layer['layer']}",
-        description=f"Max violation {format_number(layer['max_violation'], 3)}; the even share is {even:.1%}.",
+        description=f"The even share is {even:.1%}; max violation {violation}.",
         heading=f"Layer {layer['layer']}",
-        subheading=f"max violation {format_number(layer['max_violation'], 3)}",
+        subheading=f"max violation {violation}",
         x_label="expert",
         width=width,
         height=176,
@@ -114,7 +114,7 @@ def expert_order(share: Share) -> list[int]:
 
 
 def overlap(share: Share) -> float | None:
-    """Mean over all pairs of domains of Σ min(p, q): 1 if they use the experts alike, 0 if they share none."""
+    """Mean of Σ min(p, q) over all pairs of domains: 1 if they use experts alike, 0 if they share none."""
     pairs = [
         sum(min(p or 0.0, q or 0.0) for p, q in zip(first, second, strict=True))
         for first, second in combinations(share, 2)
@@ -137,10 +137,11 @@ def experts_section(report: Report) -> str:
     ]
     n_experts = len(table["layers"][0]["share"][0])
     intro = (
-        "Each row is a domain, each column an expert; a cell says what percentage of that domain’s routed tokens the "
-        f"expert received, so a row adds up to 100. Rows that look alike ({format_number(100 / n_experts, 1)} in every "
-        "cell at the extreme) mean that the router does not tell the domains apart; a dark block means experts that "
-        "serve one domain. Columns are ordered by the domain that uses the expert most."
+        "How to read it: each row is a domain, each column an expert; a cell says what percentage of that "
+        "domain’s routed tokens the expert received, so a row adds up to 100. If the router did not tell the "
+        f"domains apart, the rows would look alike, with about {100 / max(1, n_experts):.1f} in every cell. "
+        "Cells that stand out in one row only are experts that serve that domain. Columns are ordered by the "
+        "domain that uses the expert most."
     )
     return section("experts", "Experts by domain", intro, f"<p>{_example(table)}</p>", grid(maps))
 
@@ -156,8 +157,9 @@ def _example(table: Mapping[str, Any]) -> str:
             if high - low > best[0]:
                 most, least = (table["domains"][column.index(value)] for value in (high, low))
                 text = (
-                    f"The most one-sided: expert {expert} of layer {layer['layer']} receives {format_percent(high)} of "
-                    f"the routed tokens of {most} and {format_percent(low)} of those of {least}."
+                    f"The most one-sided: expert {expert} of layer {layer['layer']} receives "
+                    f"{format_percent(high)} of the routed tokens of {most} and {format_percent(low)} of "
+                    f"those of {least}."
                 )
                 best = (high - low, text)
     return escape(best[1] or "All domains use the experts alike.")

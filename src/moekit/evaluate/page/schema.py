@@ -6,8 +6,9 @@ moekit_version    str
 command           str       the command that repeats the run
 created           str       ISO 8601
 machine           {cpu, cores, memory_bytes, torch, precision, device}
-corpus            {name, sources: [{name, origin, licence, note}], domains: [str], held_out_domain: str | null,
-                   train_tokens, validation_tokens, bytes: {domain: int}, vocab_size, note}
+corpus            {name, sources: [{name, origin, licence, note}], domains: [str],
+                   held_out_domain: str | null, train_tokens, validation_tokens, bytes: {domain: int},
+                   vocab_size, note}
 settings          {steps, batch_size, seq_len, seed, lr: {model: float}, ...any more, shown as they are}
 models            {dense | transformer_xl | moe: model}; at least one
   model           {bits_per_byte: {mean, <domain>: float ...}   on the validation documents
@@ -103,12 +104,15 @@ _REPORT = {
         "note?": "text",
     },
     "settings": {
-        "steps": "count", "batch_size": "count", "seq_len": "count", "seed": "count", "lr": ("each", "number?"),
+        "steps": "count", "batch_size": "count", "seq_len": "count", "seed": "count",
+        "lr": ("each", "number?"),
     },
     "models": ("each", _MODEL),
     "to_dense_loss": ("maybe", {"steps_share": "number?", "seconds_share": "number?"}),
     "balance": ("maybe", _BALANCE),
-    "experts_by_domain": ("maybe", {"domains": ["text"], "layers": [{"layer": "count", "share": [["number?"]]}]}),
+    "experts_by_domain": (
+        "maybe", {"domains": ["text"], "layers": [{"layer": "count", "share": [["number?"]]}]},
+    ),
     "notes": ["text"],
 }  # fmt: skip
 
@@ -116,11 +120,8 @@ _REPORT = {
 def check_report(report: Mapping[str, Any]) -> None:
     """Raise `DataError` naming every key of `report` that is missing or wrong.
 
-    >>> check_report({"schema": "moekit.quickstart/1"})  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ...
-    moekit.config.errors.DataError: the report has 12 faults:
-      moekit_version is missing...
+    >>> report_problems({"schema": "moekit.quickstart/1"})[:2]
+    ['moekit_version is missing', 'command is missing']
     """
     problems = report_problems(report)
     if problems:

@@ -12,6 +12,7 @@ from moekit.evaluate.page.headline import present
 from moekit.evaluate.page.schema import MODEL_COLOURS, MODEL_NAMES
 
 Report = Mapping[str, Any]
+_SETTINGS = {"lr": "learning rate", "seq_len": "sequence length", "batch_size": "sequences per batch"}
 
 
 def samples_section(report: Report) -> str:
@@ -27,8 +28,8 @@ def samples_section(report: Report) -> str:
     if not cards:
         return ""
     intro = (
-        "Written by the models after training, as it came. After minutes of training, expect the look of the language "
-        "and little sense."
+        "Written by the models after training, as it came. After minutes of training, expect the look of the "
+        "language and little sense."
     )
     return section("samples", "Sample text", intro, f'<div class="samples">{cards}</div>')
 
@@ -70,7 +71,10 @@ def made_section(report: Report) -> str:
         ("moekit", report["moekit_version"]),
         ("run on", report["created"]),
     ]
-    settings = [(key.replace("_", " "), _setting(value)) for key, value in report["settings"].items()]
+    settings = [
+        (_SETTINGS.get(key, key.replace("_", " ")), _setting(value))
+        for key, value in report["settings"].items()
+    ]
     note = f"<p>{escape(corpus['note'])}</p>" if corpus.get("note") else ""
     return section(
         "made",

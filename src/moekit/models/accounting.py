@@ -1,0 +1,129 @@
+"""What a configuration will cost, before a module exists: parameters, active parameters and FLOPs per token.
+
+A multiply-add counts as two FLOPs. Counted are the matrix products (attention's scores and values among them, the
+output matrix too), not norms, activations or softmax. "Active" is what one token touches: everything but the routed
+experts it does not visit; embeddings count in full. A router with a variable number of experts per token counts with
+its `top_k`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moekit.config.model import ModelConfig, TransformerXLConfig
+from moekit.config.moe import MoEConfig
+from moekit.layers.routing import build_router
+
+AnyConfig = ModelConfig | TransformerXLConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters of one part of a model: stored, touched per token, and those among them that multiply each token."""
+
+    total: int
+    active: int
+    matmul: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.total + other.total, self.active + other.active, self.matmul + other.matmul)
+
+
+def total_parameters(config: AnyConfig) -> int:
+    """All stored parameters."""
+    return _cost(config).total
+
+
+def active_parameters(config: AnyConfig) -> int:
+    """Parameters that one token touches."""
+    return _cost(config).active
+
+
+def flops_per_token(config: AnyConfig, context: int | None = None, training: bool = False) -> int:
+    """FLOPs of a token in a forward pass, or forward and backward (three times as many).
+
+    Args:
+        config: the model.
+        context: keys a token attends to, on average; where None, that of a full causal sequence of `max_seq_len`
+            (and a full memory for Transformer-XL).
+        training: count the backward pass too.
+    """
+    if context is None:
+        context = (config.max_seq_len + 1) // 2
+        if isinstance(config, TransformerXLConfig):
+            context = (config.max_seq_len + 1) // 2 + config.memory_length
+    scores_and_values = 2 * config.n_layers * context * config.n_heads * config.head_width
+    if isinstance(config, TransformerXLConfig):
+        # scores have a second term, query times relative position
+        scores_and_values += config.n_layers * context * config.n_heads * config.head_width
+    forward = 2 * (_cost(config).matmul + scores_and_values)
+    return 3 * forward if training else forward
+
+
+def _cost(config: AnyConfig) -> Cost:
+    table = config.vocab_size * config.d_model
+    # the output matrix multiplies each token; an untied embedding is only looked up
+    vocabulary = Cost(table, table, table) if config.tie_embeddings else Cost(2 * table, 2 * table, table)
+    if isinstance(config, TransformerXLConfig):
+        return vocabulary + _transformer_xl(config)
+    layers = Cost(config.d_model, config.d_model, 0)  # the last norm
+    for index in range(config.n_layers):
+        layers = layers + _attention(config)
+        if config.is_moe_layer(index):
+            assert config.moe is not None
+            layers = layers + moe_cost(config.d_model, config.moe)
+        else:
+            layers = layers + _mlp(config.d_model, config.d_ff, config.activation, False)
+    return vocabulary + layers
+
+
+def _attention(config: ModelConfig) -> Cost:
+    d, width = config.d_model, config.head_width
+    queries, keys = config.n_heads * width, config.kv_heads * width
+    matrices = d * (queries + 2 * keys) + queries * d
+    rest = 2 * d  # the two norms of the layer
+    if config.attention_bias:
+        rest += queries + 2 * keys
+    if config.qk_norm == "head":
+        rest += 2 * width
+    elif config.qk_norm == "full":
+        rest += queries + keys
+    return Cost(matrices + rest, matrices + rest, matrices)
+
+
+def _mlp(d_model: int, width: int, activation: str, bias: bool, d_out: int | None = None) -> Cost:
+    inner = width * (2 if activation == "swiglu" else 1)
+    out = d_out if d_out is not None else d_model
+    matrices = inner * d_model + width * out
+    total = matrices + (inner + out if bias else 0)
+    return Cost(total, total, matrices)
+
+
+def moe_cost(d_model: int, config: MoEConfig) -> Cost:
+    """Parameters of one `MoE` layer with stacked experts."""
+    expert = _mlp(d_model, config.d_expert, config.activation, config.bias, config.d_out)
+    visited = min(config.top_k, config.n_experts)
+    cost = Cost(expert.total * config.n_experts, expert.active * visited, expert.matmul * visited)
+    with torch.device("meta"):
+        router = sum(p.numel() for p in build_router(d_model, config).parameters())
+    cost = cost + Cost(router, router, router)
+    if config.shared_width:
+        cost = cost + _mlp(d_model, config.shared_width, config.activation, config.bias)
+        if config.shared_gate:
+            cost = cost + Cost(d_model, d_model, d_model)
+    if config.linear_path:
+        size = d_model * (config.d_out or d_model)
+        cost = cost + Cost(size, size, size)
+    constants = config.null_experts.constant * 3 * d_model
+    return cost + Cost(constants, constants, 0)
+
+
+def _transformer_xl(config: TransformerXLConfig) -> Cost:
+    d, width = config.d_model, config.n_heads * config.head_width
+    per_token = 3 * d * width + width * d + 2 * d * config.d_ff
+    # relative positions pass their matrix once per segment, not once per token
+    layer = per_token + d * width + config.d_ff + d + 4 * d
+    total = config.n_layers * layer + 2 * width + (2 * d if config.pre_norm else 0)
+    return Cost(total, total, config.n_layers * per_token)

@@ -1,0 +1,55 @@
+"""Dense twins by rule: the dense model and the Transformer-XL that a sparse model is fairly compared with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from moekit.config.errors import ConfigError
+from moekit.config.model import ModelConfig, TransformerXLConfig
+from moekit.models.accounting import active_parameters, total_parameters
+
+# feed-forward widths that matrix kernels like; the twin is rounded up, so it never has fewer parameters
+WIDTH_STEP = 8
+
+
+def dense_twin(config: ModelConfig, equal: Literal["active", "total"] = "active") -> ModelConfig:
+    """The same decoder without experts, its feed-forward width chosen for equal active or equal total parameters.
+
+    The twin has at least as many parameters as asked for, by less than one step of eight columns per layer.
+
+    >>> from moekit import MoEConfig
+    >>> sparse = ModelConfig(moe=MoEConfig(n_experts=16, d_expert=344, top_k=2))
+    >>> dense_twin(sparse).d_ff, dense_twin(sparse, "total").d_ff      # 2 x 344, and 16 x 344, and the router
+    (696, 5512)
+    """
+    if config.moe is None:
+        return config
+    target = active_parameters(config) if equal == "active" else total_parameters(config)
+    width = _width(lambda d_ff: total_parameters(config.replace(moe=None, n_dense_layers=0, moe_every=1, d_ff=d_ff)), target)
+    return config.replace(moe=None, n_dense_layers=0, moe_every=1, d_ff=width)
+
+
+def transformer_xl_twin(config: ModelConfig, memory_length: int | None = None) -> TransformerXLConfig:
+    """Transformer-XL of the same width, depth and heads with at least the active parameters of `config`."""
+    base = TransformerXLConfig(
+        vocab_size=config.vocab_size,
+        d_model=config.d_model,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        d_head=config.d_head,
+        max_seq_len=config.max_seq_len,
+        memory_length=config.max_seq_len if memory_length is None else memory_length,
+        tie_embeddings=config.tie_embeddings,
+    )
+    target = active_parameters(config)
+    return base.replace(d_ff=_width(lambda d_ff: total_parameters(base.replace(d_ff=d_ff)), target))
+
+
+def _width(parameters_at, target: int) -> int:  # type: ignore[no-untyped-def]
+    """The smallest multiple of `WIDTH_STEP` whose model has at least `target` parameters; parameters grow linearly."""
+    at_one, at_two = parameters_at(WIDTH_STEP), parameters_at(2 * WIDTH_STEP)
+    slope = at_two - at_one
+    steps = 1 + max(0, -(-(target - at_one) // slope))
+    if parameters_at(steps * WIDTH_STEP) < target:
+        raise ConfigError(f"no feed-forward width reaches {target} parameters")
+    return steps * WIDTH_STEP

@@ -1,0 +1,277 @@
+"""The training loop: micro-batches into one optimizer step, guarded, logged and resumable at any micro-batch.
+
+    next_batch ─► split ─► forward ─► loss + weighted aux ─► backward ─┐ x accumulation
+         ▲                                                            ▼
+    after_step (router bias) ◄─ optimizer.step ◄─ finite? clip ◄─ gradients
+
+Everything that a resumed run needs to go on bit for bit is in `tensors()` and `state()`: weights, optimizer,
+random generators, data position, gradients and routing counts of a step that is half done, recurrent memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moekit.config.errors import CheckpointError, NonFiniteError
+from moekit.config.model import ModelConfig
+from moekit.config.moe import BalanceConfig
+from moekit.config.train import TrainConfig
+from moekit.data.loader import Batch, TrainLoader
+from moekit.layers.balancing import weighted_aux_loss
+from moekit.layers.moe import MoE
+from moekit.layers.statistics import RoutingStats, add_stats, routing_stats
+from moekit.train.device import autocast, resolve_device, resolve_dtype
+from moekit.train.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from moekit.train.schedules import learning_rate_scale
+
+Metrics = dict[str, Any]
+
+
+class Trainer:
+    """Trains one model on one loader; knows nothing of folders or screens.
+
+    Args:
+        model: a language model of `moekit.models`; moved to the device of `config`.
+        config: the training configuration.
+        loader: where batches come from.
+        should_stop: asked after every micro-batch; True ends `steps()` with the state ready to be saved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        loader: TrainLoader,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.loader, self.should_stop = config, loader, should_stop
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.precision, self.device)
+        self.model = model.to(self.device)
+        if hasattr(model, "backbone"):
+            model.backbone.recompute = config.recompute
+        elif hasattr(model, "recompute"):
+            model.recompute = config.recompute
+        self.balance = _balance_of(model)
+        self.optimizer = build_optimizer(model, config.optimizer)
+        self.step, self.micro, self.tokens, self.seconds = 0, 0, 0, 0.0
+        self._batch_start = loader.state_dict()
+        self._memory: list[Any] = [None] * config.accumulation
+        self._stats: list[RoutingStats] | None = None
+        self._losses: list[float] = []  # of the micro-batches of this step, weighted by their targets
+        self._aux: list[dict[str, float]] = []
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """The sparse layers of the model."""
+        return getattr(self.model, "moe_layers", [])
+
+    def steps(self) -> Iterator[Metrics]:
+        """Train until `config.steps` or until told to stop; yields the metrics of each finished step."""
+        self.model.train()
+        while self.step < self.config.steps:
+            began = time.perf_counter()
+            finished = self._one_step()
+            elapsed = time.perf_counter() - began
+            self.seconds += elapsed
+            if finished is None:
+                return
+            finished["tokens_per_second"] = self.loader.tokens_per_batch / elapsed
+            finished["seconds"] = self.seconds
+            yield finished
+            if self.should_stop():
+                return
+
+    def _one_step(self) -> Metrics | None:
+        """The rest of the current optimizer step; None where it was interrupted between micro-batches."""
+        if self.micro > 0:
+            self.loader.load_state_dict(self._batch_start)  # the same batch again
+        else:
+            self._batch_start = self.loader.state_dict()
+        batch = self.loader.next_batch().to(self.device)
+        n_targets = max(batch.n_targets, 1)
+        parts = batch.split(self.config.accumulation)
+        while self.micro < len(parts):
+            self._micro_step(parts[self.micro], n_targets)
+            self.micro += 1
+            if self.should_stop() and self.micro < len(parts):
+                return None
+        return self._finish_step(batch)
+
+    def _micro_step(self, batch: Batch, n_targets: int) -> None:
+        earlier = [stats.requested_per_expert for stats in self._stats] if self._stats else None
+        kwargs = {"earlier_counts": earlier} if earlier else {}
+        with autocast(self.device, self.dtype):
+            out = self.model(
+                batch.token_ids,
+                targets=batch.targets,
+                segment_ids=batch.segment_ids,
+                memory=self._memory[self.micro],
+                return_logits=False,
+                **kwargs,
+            )
+        # each micro-batch counts by its targets, so that the sum is the mean over the whole batch
+        share = out.n_targets / n_targets
+        aux = weighted_aux_loss(out.aux_losses, self.balance)
+        loss = (out.loss + aux) * share
+        self._require_finite(float(loss.detach()), "loss")
+        loss.backward()
+        self._memory[self.micro] = out.memory
+        self._losses.append(float(out.loss.detach()) * share)
+        self._aux.append({name: float(value.detach()) * share for name, value in out.aux_losses.items()})
+        if out.routing:
+            self._stats = add_stats(self._stats, routing_stats(out.routing))
+
+    def _finish_step(self, batch: Batch) -> Metrics:
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip))
+        self._require_finite(norm, "gradient norm")
+        scale = learning_rate_scale(self.step, self.config.steps, self.config.schedule)
+        set_learning_rate(self.optimizer, self.config.optimizer.lr * scale)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for layer, stats in zip(self.moe_layers, self._stats or [], strict=False):
+            layer.router.after_step(stats, scale)
+        self.step += 1
+        self.tokens += batch.token_ids.numel()
+        metrics: Metrics = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": sum(self._losses),
+            "gradient_norm": norm,
+            "lr": self.config.optimizer.lr * scale,
+        }
+        for name in self._aux[0]:
+            metrics[f"aux/{name}"] = sum(aux[name] for aux in self._aux)
+        if self._stats:
+            metrics |= balance_metrics(self._stats)
+        self.micro, self._stats, self._losses, self._aux = 0, None, [], []
+        return metrics
+
+    def _require_finite(self, value: float, what: str) -> None:
+        if value != value or value in (float("inf"), float("-inf")):
+            raise NonFiniteError(
+                f"{what} became {value} in step {self.step + 1} (micro-batch {self.micro + 1}); the optimizer was not "
+                "stepped and the last checkpoint is unchanged. Lower train.optimizer.lr, lengthen "
+                "train.schedule.warmup_steps, or set train.precision: float32, then resume"
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the run's state, by name; references, not copies."""
+        named = {f"model.{name}": tensor for name, tensor in _unique(self.model.state_dict(keep_vars=True)).items()}
+        named |= {
+            f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer, self.model).items()
+        }
+        named["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            named["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        for index, memory in enumerate(self._memory):
+            for name, tensor in (memory or {}).items():
+                named[f"memory.{index}.{name}"] = tensor
+        if self.micro > 0:
+            for name, parameter in self.model.named_parameters():
+                if parameter.grad is not None:
+                    named[f"gradient.{name}"] = parameter.grad
+            for index, stats in enumerate(self._stats or []):
+                for name, tensor in vars(stats).items():
+                    named[f"routing.{index}.{name}"] = tensor
+        return {name: tensor.detach() for name, tensor in named.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Everything else that a resumed run needs, as JSON."""
+        return {
+            "step": self.step,
+            "micro": self.micro,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "data": self._batch_start if self.micro > 0 else self.loader.state_dict(),
+            "losses": self._losses,
+            "aux": self._aux,
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take over what `tensors` and `state` gave; the next step continues as if nothing had happened.
+
+        Errors: `CheckpointError` where a tensor is missing, unknown or of another shape.
+        """
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            group, _, rest = name.partition(".")
+            groups.setdefault(group, {})[rest] = tensor
+        load_model_tensors(self.model, groups.get("model", {}))
+        load_optimizer_tensors(self.optimizer, self.model, groups.get("optimizer", {}))
+        torch.set_rng_state(groups["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in groups["rng"]:
+            torch.cuda.set_rng_state(groups["rng"]["cuda"], self.device)
+        self.step, self.micro, self.tokens = state["step"], state["micro"], state["tokens"]
+        self.seconds = state["seconds"]
+        self.loader.load_state_dict(state["data"])
+        self._batch_start = dict(state["data"])
+        self._losses, self._aux = list(state["losses"]), [dict(aux) for aux in state["aux"]]
+        memory = _nested(groups.get("memory", {}), self.device)
+        self._memory = [memory.get(index) for index in range(self.config.accumulation)]
+        routing = _nested(groups.get("routing", {}), self.device)
+        self._stats = [RoutingStats(**routing[index]) for index in sorted(routing)] or None
+        parameters = dict(self.model.named_parameters())
+        for name, gradient in groups.get("gradient", {}).items():
+            parameters[name].grad = gradient.to(self.device).clone()
+
+
+def balance_metrics(stats: list[RoutingStats]) -> Metrics:
+    """What is logged of the routing: the worst layer's balance, and the load of each expert averaged over layers."""
+    loads = torch.stack([layer.load() for layer in stats])
+    return {
+        "max_violation": max(layer.max_violation() for layer in stats),
+        "dropped_share": sum(layer.dropped_share() for layer in stats) / len(stats),
+        "mean_active_experts": sum(layer.mean_active_experts() for layer in stats) / len(stats),
+        "load": loads.mean(dim=0).tolist(),
+    }
+
+
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy weights into a model; every tensor must be there, of the right shape, and known.
+
+    Errors: `CheckpointError` naming what is missing, unknown or misshapen.
+    """
+    own = _unique(model.state_dict(keep_vars=True))
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if missing or unknown or shapes:
+        raise CheckpointError(
+            f"the weights do not fit the model: missing {missing[:3]}, unknown {unknown[:3]}, "
+            f"of another shape {sorted(shapes)[:3]}. Build the model from the run's own config.yaml"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def _unique(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor once: tied weights keep their first name."""
+    seen: set[int] = set()
+    unique: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            unique[name] = tensor
+    return unique
+
+
+def _nested(named: Mapping[str, Tensor], device: torch.device) -> dict[int, dict[str, Tensor]]:
+    """{"0.name": tensor} to {0: {"name": tensor}}."""
+    nested: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in named.items():
+        index, _, rest = name.partition(".")
+        nested.setdefault(int(index), {})[rest] = tensor.to(device)
+    return nested
+
+
+def _balance_of(model: nn.Module) -> BalanceConfig:
+    config = getattr(model, "config", None)
+    if isinstance(config, ModelConfig) and config.moe is not None:
+        return config.moe.balance
+    return BalanceConfig()

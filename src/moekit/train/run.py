@@ -1,0 +1,312 @@
+"""A run: one folder with its configuration, tokenizer, metrics and checkpoints; started, resumed, or loaded.
+
+    runs/<name>-<number>/
+        config.yaml       the whole configuration
+        tokenizer.json    the tokenizer that the tokens came from
+        run.json          versions, data fingerprint, parameters
+        metrics.jsonl     the truth about the run, one line per event
+        checkpoints/      step-00000200/ ...
+        final.json        written at the end
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moekit import __version__
+from moekit.config.errors import CheckpointError, ConfigError, Interrupted
+from moekit.config.loading import load_run_config, save_run_config
+from moekit.config.train import RunConfig
+from moekit.data.atomic import write_text
+from moekit.data.loader import TrainLoader, evaluation_batches
+from moekit.data.prepare import PreparedData, prepare
+from moekit.data.tokenizer import Tokenizer, load_tokenizer
+from moekit.models import build_model
+from moekit.models.accounting import active_parameters, total_parameters
+from moekit.train.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from moekit.train.loop import Metrics, Trainer, balance_metrics, load_model_tensors
+from moekit.train.terminal import TrainingView
+from moekit.train.trackers import MetricsLog, make_trackers
+from moekit.train.validation import loss_over
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run lies and what it ended with."""
+
+    folder: Path
+    final: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model with what it needs to be used."""
+
+    config: RunConfig
+    model: nn.Module
+    tokenizer: Tokenizer
+    step: int
+    folder: Path
+
+
+def train_run(config: RunConfig, *, data: PreparedData | None = None, quiet: bool = False) -> RunResult:
+    """Train a model from the start in a new folder.
+
+    Args:
+        config: everything about the run.
+        data: prepared data where the caller has it already; prepared from `config.data` otherwise.
+        quiet: show nothing while training.
+
+    Errors: `NonFiniteError` for a loss or gradient that is not finite, `Interrupted` after SIGTERM or SIGINT (a
+    checkpoint is written before), and what data and configuration raise.
+    """
+    config, data = _fit_to_data(config, data, quiet)
+    folder = _new_folder(config)
+    save_run_config(config, folder / "config.yaml")
+    data.tokenizer.save(folder / "tokenizer.json")
+    torch.manual_seed(config.train.seed)
+    model = build_model(config.model)
+    write_json(
+        folder / "run.json",
+        {
+            "moekit": __version__,
+            "torch": torch.__version__,
+            "data_fingerprint": data.fingerprint,
+            "sources": [vars(source) for source in data.sources],
+            "total_parameters": total_parameters(config.model),
+            "active_parameters": active_parameters(config.model),
+        },
+    )
+    return _Run(config, data, model, folder, quiet).go()
+
+
+def resume_run(
+    folder: Path | None = None, *, runs_dir: str | Path = "runs", overrides: tuple[str, ...] | list[str] = (),
+    quiet: bool = False,
+) -> RunResult:  # fmt: skip
+    """Go on with a run from its newest good checkpoint, or from the start where it has none.
+
+    Args:
+        folder: the run; where None, the newest unfinished one in `runs_dir`.
+        runs_dir: where runs lie.
+        overrides: `key=value` changes of the configuration, for example `train.steps=500`.
+        quiet: show nothing while training.
+
+    Errors: `CheckpointError` where there is nothing to resume or the data is no longer what the run was trained on.
+    """
+    folder = _unfinished(Path(runs_dir)) if folder is None else Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder} is no run: it has no config.yaml. Give the folder that `moekit train` printed")
+    config = load_run_config(folder / "config.yaml", list(overrides))
+    config, data = _fit_to_data(config, None, quiet)
+    expected = json.loads((folder / "run.json").read_text())["data_fingerprint"]
+    if data.fingerprint != expected:
+        raise CheckpointError(
+            f"the data of {folder} has changed since the run began (fingerprint {data.fingerprint[:12]}, was "
+            f"{expected[:12]}), so going on would train on documents that were held out. Restore the data, or start anew"
+        )
+    if overrides:
+        save_run_config(config, folder / "config.yaml")
+    torch.manual_seed(config.train.seed)
+    return _Run(config, data, build_model(config.model), folder, quiet, resume=True).go()
+
+
+def load_run(folder: Path | str, device: str = "cpu") -> LoadedRun:
+    """The model of a run with the weights of its newest good checkpoint, in evaluation mode.
+
+    Errors: `CheckpointError` where the folder is no run or holds no good checkpoint.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder} is no run: it has no config.yaml. Give the folder that `moekit train` printed")
+    config = load_run_config(folder / "config.yaml", [])
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} holds no complete checkpoint yet. Train it on with: moekit resume {folder}")
+    tensors, state = load_checkpoint(checkpoint)
+    model = build_model(config.model)
+    load_model_tensors(model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    return LoadedRun(config, model.to(device).eval(), tokenizer, int(state["step"]), folder)
+
+
+class _Run:
+    """One stretch of training inside its folder: log, show, validate, save, stop."""
+
+    def __init__(
+        self, config: RunConfig, data: PreparedData, model: nn.Module, folder: Path, quiet: bool, resume: bool = False
+    ) -> None:
+        self.config, self.data, self.folder, self.quiet = config, data, folder, quiet
+        loader = TrainLoader(
+            data.train, config.train.batch_size, config.data.seq_len, config.train.seed, config.data.order
+        )
+        self.stop = _StopFlag()
+        self.trainer = Trainer(model, config.train, loader, self.stop)
+        self.checkpoints = folder / "checkpoints"
+        self.validation: dict[str, Any] = {}
+        self._saved: tuple[int, int] | None = None
+        if resume:
+            newest = latest_checkpoint(self.checkpoints)
+            if newest is not None:
+                self.trainer.load(*load_checkpoint(newest))
+
+    def go(self) -> RunResult:
+        train, trainer = self.config.train, self.trainer
+        with ExitStack() as stack:
+            stack.enter_context(self.stop.listening())
+            log = stack.enter_context(MetricsLog(self.folder / "metrics.jsonl", resume_step=trainer.step))
+            trackers = make_trackers(train.trackers, self.folder, self.config.name, self.config.to_dict())
+            for tracker in trackers:
+                stack.callback(tracker.close)
+            view = None if self.quiet else stack.enter_context(TrainingView(train.steps, self.folder.name))
+            began = time.monotonic()
+            first_step = trainer.step
+            for metrics in trainer.steps():
+                step, last = trainer.step, trainer.step == train.steps
+                if last or (train.validate_every and step % train.validate_every == 0):
+                    self._validate(log, trackers)
+                if last or step % train.log_every == 0:
+                    log.log(step, {k: v for k, v in metrics.items() if k != "step"})
+                    for tracker in trackers:
+                        tracker.log(step, {k: v for k, v in metrics.items() if isinstance(v, (int, float))})
+                if last or (train.checkpoint_every and step % train.checkpoint_every == 0):
+                    self._save()
+                if view is not None:
+                    per_step = (time.monotonic() - began) / (step - first_step)
+                    self._show(view, metrics, (train.steps - step) * per_step)
+            if trainer.step < train.steps:
+                self._save()
+                raise self.stop.interrupted(self.folder)
+        if not self.validation:  # the run had been finished already
+            self._validate_only()
+        final = {"step": trainer.step, "tokens": trainer.tokens, "train_seconds": trainer.seconds, **self.validation}
+        write_json(self.folder / "final.json", final)
+        return RunResult(self.folder, final)
+
+    def _validate(self, log: MetricsLog, trackers: list[Any]) -> None:
+        self._validate_only()
+        step = self.trainer.step
+        log.log(step, {"tokens": self.trainer.tokens, "seconds": self.trainer.seconds, **self.validation}, "validation")
+        for tracker in trackers:
+            tracker.log(step, {f"validation/{k}": v for k, v in self.validation.items() if isinstance(v, (int, float))})
+
+    def _validate_only(self) -> None:
+        train, trainer = self.config.train, self.trainer
+        batches = evaluation_batches(
+            self.data.validation, train.batch_size, self.config.data.seq_len, max_batches=train.validation_batches
+        )
+        result = loss_over(trainer.model, batches, trainer.device, trainer.dtype)
+        self.validation = {"validation_loss": result.mean}
+        if result.stats:
+            self.validation |= {f"validation_{k}": v for k, v in balance_metrics(result.stats).items() if k != "load"}
+
+    def _save(self) -> None:
+        trainer = self.trainer
+        if self._saved == (trainer.step, trainer.micro):
+            return
+        keep = self.config.train.keep_checkpoints
+        save_checkpoint(self.checkpoints, trainer.step, trainer.tensors(), trainer.state(), keep, trainer.micro)
+        self._saved = (trainer.step, trainer.micro)
+
+    def _show(self, view: TrainingView, metrics: Metrics, eta_seconds: float) -> None:
+        shown = ("loss", "tokens_per_second", "load", "max_violation", "dropped_share")
+        note = f"validation loss {self.validation['validation_loss']:.3f}" if self.validation else None
+        view.update(
+            self.trainer.step, eta_seconds=eta_seconds, note=note, **{k: metrics[k] for k in shown if k in metrics}
+        )
+
+
+class _StopFlag:
+    """Set by SIGTERM or SIGINT; the loop looks at it after every micro-batch. A second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python delivers signals to the main thread only
+            return
+        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def interrupted(self, folder: Path) -> Interrupted:
+        name = signal.Signals(self.signal).name if self.signal else "a request"
+        error = Interrupted(f"stopped by {name}; a checkpoint was written. Go on with: moekit resume {folder}")
+        if self.signal == signal.SIGINT:
+            error.exit_code = 130
+        return error
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write readable JSON, atomically."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def _fit_to_data(config: RunConfig, data: PreparedData | None, quiet: bool) -> tuple[RunConfig, PreparedData]:
+    """Prepared data, and the configuration with the model's vocabulary as large as the tokenizer's."""
+    if data is None:
+        data = prepare(config.data, None if quiet else lambda message: print(message, flush=True))
+    model = config.model
+    if model.vocab_size < data.tokenizer.vocab_size:
+        model = model.replace(vocab_size=data.tokenizer.vocab_size)
+    if model.max_seq_len < config.data.seq_len:
+        model = model.replace(max_seq_len=config.data.seq_len)
+    return config.replace(model=model), data
+
+
+def _new_folder(config: RunConfig) -> Path:
+    """runs/<name>-<n> with the lowest n that is free; made at once, so two processes never share one."""
+    base = Path(config.runs_dir)
+    if not config.name or Path(config.name).name != config.name:
+        raise ConfigError(f"name must be a plain folder name; got {config.name!r}")
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 100_000):
+            folder = base / f"{config.name}-{number}"
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise ConfigError(f"runs_dir {str(base)!r} cannot be written: {error.strerror}. Set runs_dir=FOLDER") from error
+    raise ConfigError(f"runs_dir {str(base)!r} holds 100,000 runs named {config.name!r}; choose another name")
+
+
+def _unfinished(runs_dir: Path) -> Path:
+    candidates = [
+        path.parent for path in runs_dir.glob("*/config.yaml") if not (path.parent / "final.json").exists()
+    ]
+    if not candidates:
+        raise CheckpointError(f"no unfinished run in {str(runs_dir)!r}. Name one: moekit resume RUN")
+
+    def changed(folder: Path) -> float:
+        log = folder / "metrics.jsonl"
+        return (log if log.exists() else folder / "config.yaml").stat().st_mtime
+
+    return max(candidates, key=changed)

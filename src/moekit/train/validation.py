@@ -1,0 +1,65 @@
+"""The loss over batches without training: what validation and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moekit.data.loader import Batch
+from moekit.layers.statistics import RoutingStats, add_stats, routing_stats
+from moekit.train.device import autocast
+
+
+@dataclass
+class LossSum:
+    """Sum of nats over predicted tokens, and the routing of every sparse layer over the same tokens."""
+
+    nats: float
+    n_targets: int
+    stats: list[RoutingStats]
+
+    @property
+    def mean(self) -> float:
+        """Nats per token; nan where nothing was predicted."""
+        return self.nats / self.n_targets if self.n_targets else float("nan")
+
+
+def loss_over(model: nn.Module, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype) -> LossSum:
+    """Evaluate on batches whose rows continue each other, so that a recurrent model carries its memory.
+
+    The model is put back into the mode it was in; torch's generator is left as it was.
+    """
+    was_training = model.training
+    model.eval()
+    total, n_targets, memory = 0.0, 0, None
+    stats: list[RoutingStats] | None = None
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices(device)), torch.inference_mode(), autocast(device, dtype):
+            for batch in batches:
+                batch = batch.to(device)
+                # padding stands only at the end of a split's rows; a mask costs attention and routing time
+                mask = batch.token_mask
+                out = model(
+                    batch.token_ids,
+                    targets=batch.targets,
+                    segment_ids=batch.segment_ids,
+                    token_mask=None if bool(mask.all()) else mask,
+                    memory=memory,
+                    return_logits=False,
+                )
+                memory = out.memory
+                if out.n_targets:
+                    total += float(out.loss) * out.n_targets
+                    n_targets += out.n_targets
+                if out.routing:
+                    stats = add_stats(stats, routing_stats(out.routing))
+    finally:
+        model.train(was_training)
+    return LossSum(total, n_targets, stats or [])
+
+
+def _cuda_devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
