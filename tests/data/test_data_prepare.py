@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -148,4 +147,3 @@ def test_a_held_out_domain_is_packed_apart(folder: Path) -> None:
     assert data.train.domains == ("python",)
     assert data.held_out.domains == ("text",)
     assert data.held_out.n_documents == 15
-    assert os.environ["MOEKIT_CACHE"]

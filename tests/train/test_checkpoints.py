@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
 import warnings
 
@@ -148,7 +147,7 @@ def test_state_comes_back(tmp_path):
 
 def test_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(CheckpointError, match="state of step 2 cannot be written as JSON.*Tensor"):
+    with pytest.raises(CheckpointError, match=r"state of step 2 cannot be written as JSON.*Tensor"):
         save_checkpoint(tmp_path, 2, {}, {"a": [torch.ones(1)]}, keep=1)
     assert names(tmp_path) == ["step-00000001"]
 
@@ -185,7 +184,7 @@ def test_no_folder_no_checkpoint(tmp_path):
     (tmp_path / "step-1").mkdir()
     (tmp_path / "notes").mkdir()
     assert latest_checkpoint(tmp_path) is None
-    with pytest.raises(CheckpointError, match="there is no checkpoint .*step-00000007"):
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*step-00000007"):
         load_checkpoint(tmp_path / "step-00000007")
 
 
@@ -291,15 +290,15 @@ def test_damage_is_named_and_passed_over(tmp_path, kind):
 
 
 def test_all_damaged_is_none(tmp_path):
-    for step in (1, 2):
-        truncate(save(tmp_path, step) / "state.json")
+    for path in [save(tmp_path, step) for step in (1, 2)]:
+        truncate(path / "state.json")
     with pytest.warns(DamagedCheckpointWarning) as record:
         assert latest_checkpoint(tmp_path) is None
     assert len(record) == 2
 
 
 def test_no_flipped_bit_anywhere_is_believed(tmp_path):
-    """Flip each byte of the manifest and many of the others: it is noticed, or nothing that is loaded changed."""
+    """A flipped bit in the manifest, or in every seventh byte elsewhere: noticed, or nothing loaded changed."""
     path = save_checkpoint(
         tmp_path, 1, {"a": torch.arange(3.0), "b": torch.ones(1).bool()}, {"step": 1}, keep=1
     )
@@ -307,7 +306,7 @@ def test_no_flipped_bit_anywhere_is_believed(tmp_path):
     n_noticed = n_harmless = 0
     for file in path.iterdir():
         original = file.read_bytes()
-        for position in range(len(original)):
+        for position in range(0, len(original), 1 if file.name == "manifest.json" else 7):
             data = bytearray(original)
             data[position] ^= 1 << (position % 8)
             file.write_bytes(data)
@@ -322,7 +321,7 @@ def test_no_flipped_bit_anywhere_is_believed(tmp_path):
             assert all(torch.equal(tensors[name], expected[name]) for name in expected)
         file.write_bytes(original)
     check_checkpoint(path)
-    assert n_noticed > 500
+    assert n_noticed > 300
     assert n_harmless < 40  # blanks and the version of moekit in the manifest
 
 
@@ -381,16 +380,25 @@ def test_disk_full_in_any_file(tmp_path, monkeypatch, after):
 def test_a_real_limit_of_the_system_on_file_size(tmp_path):
     """The kernel itself stops the write in the middle of a file."""
     save(tmp_path, 1, keep=1)
-    program = (
-        "import resource, sys, torch; from moekit.train.checkpoints import save_checkpoint\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
-        "save_checkpoint(sys.argv[1], 2, {'weight': torch.ones(10_000)}, {}, keep=1)"
-    )
-    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "CheckpointError: the checkpoint of step 2 cannot be written" in result.stderr
-    assert "Earlier checkpoints are intact" in result.stderr
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 5000
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        message = "nothing was raised"
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+            save_checkpoint(tmp_path, 2, {"weight": torch.ones(10_000)}, {}, keep=1)
+        except CheckpointError as error:
+            message = str(error)
+        finally:
+            os.write(send, message.encode())
+            os._exit(0)
+    os.close(send)
+    with os.fdopen(receive, "rb") as pipe:
+        message = pipe.read().decode()
+    os.waitpid(child, 0)
+    assert re.search(
+        r"step 2 cannot be written .*File too large .*Earlier checkpoints are intact", message
+    ), message
     assert_old_one_is_intact(tmp_path)
 
 
@@ -425,9 +433,9 @@ def test_a_read_only_folder(tmp_path):
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(CheckpointError, match="Not a directory|File exists"):
+    with pytest.raises(CheckpointError, match=r"Not a directory|File exists"):
         save(tmp_path / "checkpoints", 1)
-    with pytest.raises(CheckpointError, match="Not a directory|File exists"):
+    with pytest.raises(CheckpointError, match=r"Not a directory|File exists"):
         save(tmp_path / "checkpoints" / "deeper", 1)
 
 
@@ -469,7 +477,9 @@ def test_two_processes_cannot_save_in_one_folder(tmp_path):
     save(tmp_path, 1, keep=1)
     with open(tmp_path / ".lock", "r+") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(CheckpointError, match="another process is saving .*Give each run its own folder"):
+        with pytest.raises(
+            CheckpointError, match=r"another process is saving .*Give each run its own folder"
+        ):
             save(tmp_path, 2, keep=1)
     assert_old_one_is_intact(tmp_path)
     save(tmp_path, 2, keep=1)
@@ -546,16 +556,17 @@ def test_everything_is_flushed_before_it_gets_its_name_and_only_then_is_anything
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures resident memory")
 def test_large_tensors_are_not_copied(tmp_path):
-    large = {f"layer {i}": torch.ones(4_000_000) for i in range(8)}  # 16 MB each
+    large = {
+        name: torch.ones(9_000_000) for name in "ab"
+    }  # 36 MB each: memory of this size goes back when freed
     save(tmp_path, 1)
     with PeakMemory() as memory:
         save_checkpoint(tmp_path, 2, large, {}, keep=1)
     assert memory.increase < 10_000_000
-    with PeakMemory() as memory:  # tensors that are not contiguous need a copy, one at a time
-        save_checkpoint(
-            tmp_path, 3, {name: tensor.view(2000, 2000).t() for name, tensor in large.items()}, {}, keep=1
-        )
-    assert 14_000_000 < memory.increase < 45_000_000
+    turned = {name: tensor.view(3000, 3000).t() for name, tensor in large.items()}  # not contiguous: copied
+    with PeakMemory() as memory:
+        save_checkpoint(tmp_path, 3, turned, {}, keep=1)
+    assert 30_000_000 < memory.increase < 46_000_000  # one of the two at a time
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

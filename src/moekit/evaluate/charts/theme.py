@@ -100,7 +100,7 @@ def shorten(text: str, size: float, room: float) -> str:
     """`text`, or its beginning with an ellipsis where it is wider than `room` pixels.
 
     >>> shorten("a name that is far too long", 12, 60)
-    'a name t…'
+    'a name…'
     """
     text = " ".join(clean(text).split())
     if text_width(text, size) <= room:

@@ -68,7 +68,7 @@ def summary_section(report: Report) -> str:
     """The table of all models: quality, size, speed, memory, time."""
     names = present(report)
     head = "".join(
-        f'<th scope="col"><span class="swatch {MODEL_COLOURS[name]}"></span>{MODEL_NAMES[name].replace("sf", "s&shy;f")}</th>'
+        f'<th scope="col"><span class="swatch {MODEL_COLOURS[name]}"></span>{_hyphenated(MODEL_NAMES[name])}</th>'
         for name in names
     )
     bits: list[tuple[str, str, Callable[[Any], str], str]] = [
@@ -108,6 +108,11 @@ def summary_section(report: Report) -> str:
     )
     note = "Small print under a value: its difference to the dense twin. " if "dense" in names else ""
     return section("summary", "Results", f"{note}The best of each row is bold.", table)
+
+
+def _hyphenated(name: str) -> str:
+    """A place to break Transformer-XL in the narrow columns of a phone."""
+    return escape(name).replace("Transformer", "Trans&shy;former")
 
 
 def _cells(report: Report, names: Sequence[str], path: str, write: Callable[[Any], str], better: str) -> str:

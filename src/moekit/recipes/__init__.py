@@ -1,0 +1,1 @@
+"""Complete applications: data (YAML) with the small code that is only theirs."""
