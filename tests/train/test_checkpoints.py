@@ -298,7 +298,7 @@ def test_all_damaged_is_none(tmp_path):
 
 
 def test_no_flipped_bit_anywhere_is_believed(tmp_path):
-    """A flipped bit in the manifest, or in every seventh byte elsewhere: noticed, or nothing loaded changed."""
+    """A bit flipped in the manifest, or in every seventh byte elsewhere: noticed, or nothing changed."""
     path = save_checkpoint(
         tmp_path, 1, {"a": torch.arange(3.0), "b": torch.ones(1).bool()}, {"step": 1}, keep=1
     )

@@ -126,11 +126,10 @@ def _precision(remedies: list[Remedy]) -> dict[str, str]:
     """What train.precision=auto means here, for each kind of device."""
     import torch
 
-    from moekit.evaluate.machine import gpus
-    from moekit.train.precision import resolve_precision
+    from moekit.evaluate.machine import bf16_in_hardware, gpus
 
     kinds = dict.fromkeys(["cpu", *(str(gpu["device"]).split(":")[0] for gpu in gpus())])
-    return {kind: str(resolve_precision("auto", torch.device(kind))).replace("torch.", "") for kind in kinds}
+    return {kind: "bf16" if bf16_in_hardware(torch.device(kind)) else "float32" for kind in kinds}
 
 
 def _kernels(remedies: list[Remedy]) -> dict[str, list[dict[str, Any]]]:

@@ -44,11 +44,5 @@ class DataConfig(StrictConfig):
     order: Literal["streams", "shuffled"] = Field(
         default="streams", description="rows that go on from batch to batch, or sequences in random order"
     )
-    piece_len: int | None = Field(
-        default=1024,
-        ge=2,
-        description="documents are cut for training into pieces of at most this many tokens, shuffled, so that a batch "
-        "holds many documents; null keeps them whole",
-    )
     split_seed: int = Field(default=0, ge=0, description="seed of the split into training and validation")
     offline: bool = Field(default=False, description="use the cache and this Python installation only")

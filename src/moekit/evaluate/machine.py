@@ -159,7 +159,7 @@ def default_device() -> torch.device:
 
 
 def bf16_in_hardware(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are faster than in float32 on `device`, because it has them in hardware."""
+    """Whether `device` has matrix products in bfloat16 in hardware, faster than those in float32."""
     import torch
 
     if device.type == "cuda":

@@ -1,8 +1,8 @@
 """What a run will take, before it runs: parameters, FLOPs, memory and time.
 
-Parameters and FLOPs follow from the configuration. Memory and time come from a probe: a few forward and backward
-passes of the configured model itself, with fewer layers or experts where the whole would not fit, on a few of its
-sequences. So the estimate knows this machine, this kernel and this precision instead of a peak from a data sheet.
+Parameters and FLOPs follow from the configuration. Memory and time come from a probe: a few forward and
+backward passes of the configured model itself, with fewer layers or experts where the whole would not fit, on
+a few of its sequences. So the estimate knows this machine, this kernel and this precision, and no data sheet.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from moekit.models.build import build_model
 
 AnyConfig = ModelConfig | TransformerXLConfig
 
-# a probe of this size takes about a second on two cores
-_PROBE_FLOPS = 1e11
-_PROBE_PASSES = 3
+# a pass of the probe takes about the first, all passes together about the second
+_PASS_SECONDS, _PROBE_SECONDS, _MAX_PASSES = 0.5, 2.0, 5
 # weights, gradient and two AdamW moments, each float32
 _BYTES_PER_PARAMETER = {"weights": 4, "gradients": 4, "optimizer": 8}
 _NOTES = {
@@ -45,12 +44,14 @@ class Probe:
         flops_per_second: forward and backward, useful FLOPs only.
         update_seconds_per_parameter: gradient clipping and AdamW.
         kept_bytes_per_token_layer: tensors that a layer keeps for the backward pass.
+        kept_bytes_per_parameter: what is kept whatever the number of tokens, such as bf16 copies of weights.
         basis: what the numbers come from, in words.
     """
 
     flops_per_second: float
     update_seconds_per_parameter: float
     kept_bytes_per_token_layer: float
+    kept_bytes_per_parameter: float
     basis: str
 
 
@@ -113,22 +114,24 @@ def _free_memory(device: torch.device) -> int:
 
 def _activations(config: RunConfig, probe: Probe, micro_tokens: int) -> int:
     per_layer = probe.kept_bytes_per_token_layer * micro_tokens
+    fixed = probe.kept_bytes_per_parameter * total_parameters(config.model)
     if config.train.recompute:
         # the input of each layer is kept, and everything of the one that is being recomputed
-        return int(per_layer + 4 * config.model.d_model * micro_tokens * config.model.n_layers)
-    return int(per_layer * config.model.n_layers)
+        return int(fixed + per_layer + 4 * config.model.d_model * micro_tokens * config.model.n_layers)
+    return int(fixed + per_layer * config.model.n_layers)
 
 
 def _warnings(config: RunConfig, needed: int, free: int) -> list[str]:
     found = []
     if free and needed > free:
         found.append(
-            f"needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: raise train.accumulation, "
-            "set train.recompute=true or take a smaller model"
+            f"needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: raise "
+            "train.accumulation, set train.recompute=true or take a smaller model"
         )
     if config.data.seq_len > config.model.max_seq_len:
         found.append(
-            f"data.seq_len ({config.data.seq_len}) is longer than model.max_seq_len ({config.model.max_seq_len})"
+            f"data.seq_len ({config.data.seq_len}) is longer than model.max_seq_len "
+            f"({config.model.max_seq_len})"
         )
     if config.train.schedule.kind != "constant" and config.train.schedule.warmup_steps >= config.train.steps:
         found.append(
@@ -141,8 +144,8 @@ def _warnings(config: RunConfig, needed: int, free: int) -> list[str]:
 def probe_config(config: AnyConfig, free: int) -> AnyConfig:
     """The model itself where it fits into half of `free` bytes, else with few layers, else with few experts.
 
-    The work per token of a layer depends on `top_k`, not on how many experts there are, so a layer with fewer
-    experts still shows the speed of the whole.
+    The work per token of a layer depends on `top_k`, not on how many experts there are, so a layer with
+    fewer experts still shows the speed of the whole.
     """
 
     def fits(candidate: AnyConfig) -> bool:
@@ -164,37 +167,40 @@ def probe_config(config: AnyConfig, free: int) -> AnyConfig:
 def _measured(config: RunConfig, device: torch.device, bf16: bool, free: int) -> Probe:
     model_config = probe_config(config.model, free)
     length = min(config.data.seq_len, config.model.max_seq_len)
-    per_token = flops_per_token(model_config, training=True)
-    rows = config.train.batch_size // config.train.accumulation
-    rows = max(1, min(rows, round(_PROBE_FLOPS / (per_token * length))))
-    state = torch.random.get_rng_state()
-    try:
+    most_rows = config.train.batch_size // config.train.accumulation
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         model = build_model(model_config).to(device).train()
-        ids = torch.randint(0, model_config.vocab_size, (rows, length), device=device)
-        carried = _memory_of(model, ids)
-        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-        kept = _Kept(model)
-        with autocast, kept:
-            _loss(model, ids, carried).backward()  # warms up, and counts
-        seconds = []
-        for _ in range(_PROBE_PASSES):
+
+        def passed(ids: Tensor, carried: Any) -> float:
             start = _now(device)
             with autocast:
                 loss = _loss(model, ids, carried)
             loss.backward()
-            seconds.append(_now(device) - start)
+            return _now(device) - start
+
+        ids = torch.randint(0, model_config.vocab_size, (max(2, most_rows), length), device=device)
+        kept = []
+        for n in (1, 2):  # also warms up
+            with _Kept(model) as counted:
+                passed(ids[:n], _memory_of(model, ids[:n]))
+            kept.append(counted.bytes)
+        rows = max(1, min(most_rows, int(_PASS_SECONDS / passed(ids[:1], _memory_of(model, ids[:1])))))
+        carried = _memory_of(model, ids[:rows])
+        seconds: list[float] = []
+        while not seconds or (len(seconds) < _MAX_PASSES and sum(seconds) < _PROBE_SECONDS):
+            seconds.append(passed(ids[:rows], carried))
         update = _update_seconds(model, device)
-    finally:
-        torch.random.set_rng_state(state)
     tokens = rows * length
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     whole = "the whole model" if model_config == config.model else f"{model_config.n_layers} of its layers"
     return Probe(
-        flops_per_second=per_token * tokens / statistics.median(seconds),
+        flops_per_second=flops_per_token(model_config, training=True) * tokens / statistics.median(seconds),
         update_seconds_per_parameter=update / n_parameters,
-        kept_bytes_per_token_layer=kept.bytes / tokens / model_config.n_layers,
-        basis=f"{_PROBE_PASSES} passes of {whole} on {tokens} tokens",
+        kept_bytes_per_token_layer=(kept[1] - kept[0]) / length / model_config.n_layers,
+        kept_bytes_per_parameter=max(0, 2 * kept[0] - kept[1]) / n_parameters,
+        basis=f"{len(seconds)} passes of {whole} on {tokens} tokens",
     )
 
 
@@ -231,7 +237,7 @@ def _now(device: torch.device) -> float:
 
 
 class _Kept:
-    """Counts the bytes that autograd keeps for the backward pass; each storage once, parameters not at all."""
+    """Counts the bytes that autograd keeps for the backward pass: each storage once, no parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self._ignored = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -248,8 +254,9 @@ class _Kept:
             self._seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Kept:
         self._hooks.__enter__()
+        return self
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)

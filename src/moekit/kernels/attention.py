@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # bytes of probabilities that one call may keep: 16 sequences x 4 heads x 256 x 512 in bf16
 EXPLICIT_LIMIT = 64 * 2**20
@@ -47,6 +48,7 @@ class _ExplicitAttention(torch.autograd.Function):
         return torch.bmm(probs.view(-1, *probs.shape[2:]), flat_v).view(q.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         flat_q, flat_k, flat_v, probs = ctx.saved_tensors
         shape, keys = grads[0].shape, (*grads[0].shape[:2], *flat_k.shape[1:])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 
@@ -39,21 +40,26 @@ def linear_cross_entropy(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets, block)
+        return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets, block, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, block: int, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         counted = targets != IGNORED
         n_counted = counted.sum().clamp(min=1)
+        # only the ignored ones become a valid label: another negative target must fail in gather
+        labels_of = targets.masked_fill(~counted, 0)
         losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        # needs_input_grad is True for a parameter under no_grad as well
+        wants_hidden, wants_weight = (with_gradient and wanted for wanted in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         for start in range(0, hidden.shape[0], block):
             part = slice(start, start + block)
-            rows, labels, keep = hidden[part], targets[part].clamp(min=0)[:, None], counted[part]
+            rows, labels, keep = hidden[part], labels_of[part, None], counted[part]
             logits = (rows @ weight.t()).float()
             picked = logits.gather(1, labels)
             top = logits.amax(dim=1, keepdim=True)
@@ -77,12 +83,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum() / n_counted, losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grads[0]
         return (
             grad_hidden * scale.to(grad_hidden.dtype) if grad_hidden is not None else None,
             grad_weight * scale.to(grad_weight.dtype) if grad_weight is not None else None,
+            None,
             None,
             None,
         )

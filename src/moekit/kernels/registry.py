@@ -49,6 +49,7 @@ def register(
         kernels = _KERNELS.setdefault(op, [])
         kernels.append(Kernel(op, name, priority, function, usable))
         kernels.sort(key=lambda kernel: -kernel.priority)
+        pick.cache_clear()
         return function
 
     return add

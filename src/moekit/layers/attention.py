@@ -42,8 +42,10 @@ class RotaryEmbedding(nn.Module):
         self._extend(max_seq_len, torch.device("cpu"))
 
     def _extend(self, length: int, device: torch.device) -> None:
-        frequencies = self.theta ** (-torch.arange(0, self.d_head, 2, dtype=torch.float64) / self.d_head)
-        angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+        # computed on the CPU whatever the default device: other devices have no float64, and meta no values
+        exact = {"dtype": torch.float64, "device": "cpu"}
+        frequencies = self.theta ** (-torch.arange(0, self.d_head, 2, **exact) / self.d_head)
+        angles = torch.arange(length, **exact)[:, None] * frequencies
         self.cos = angles.cos().float().repeat(1, 2).to(device)
         self.sin = angles.sin().float().repeat(1, 2).to(device)
 
@@ -130,7 +132,8 @@ def attention_mask(
 ) -> Tensor | None:
     """`[B, 1, S, L]` bool: causal, inside one document, never at padding; None where plain causal attention says all.
 
-    `segment_ids` and `token_mask` `[B, L]` cover held and new tokens. A padding query attends to itself only.
+    `segment_ids` and `token_mask` `[B, L]` cover held and new tokens. Every query may attend to itself, padding too,
+    so that no row is empty.
     """
     if segment_ids is None and token_mask is None and (held == 0 or new == 1):
         return None
@@ -140,6 +143,6 @@ def attention_mask(
     if segment_ids is not None:
         allowed = allowed & (segment_ids[:, held:, None] == segment_ids[:, None, :])
     if token_mask is not None:
-        allowed = allowed & token_mask[:, None, :]
+        allowed = allowed & token_mask.bool()[:, None, :]
     itself = position[None, :] == position[held:, None]
     return (allowed | itself)[:, None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moekit.config.moe import BalanceConfig
-from moekit.layers.plan import RoutingContext, RoutingPlan
+from moekit.layers.plan import RoutingContext, RoutingPlan, mean_over_tokens
 
 
 def load_balance_loss(probs: Tensor, counts: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -26,7 +26,7 @@ def load_balance_loss(probs: Tensor, counts: Tensor, token_mask: Tensor | None =
     1.8
     """
     share = counts.to(probs) / counts.sum().clamp(min=1)
-    return probs.shape[-1] * (share * _mean(probs, token_mask)).sum()
+    return probs.shape[-1] * (share * mean_over_tokens(probs, token_mask)).sum()
 
 
 def sequence_balance_loss(
@@ -39,7 +39,7 @@ def sequence_balance_loss(
     batch, length = batch_shape
     n_experts = probs.shape[-1]
     mask = torch.ones(batch, length, 1, device=probs.device) if token_mask is None else token_mask.view(batch, length, 1)
-    probs, chosen = probs.view(batch, length, -1) * mask, chosen.view(batch, length, -1) * mask
+    probs, chosen = (part.view(batch, length, n_experts) * mask for part in (probs, chosen))
     share = chosen.sum(dim=1) / chosen.sum(dim=(1, 2))[:, None].clamp(min=1)
     mean_probs = probs.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
     per_sequence = n_experts * (share * mean_probs).sum(dim=-1)
@@ -54,7 +54,7 @@ def router_z_loss(logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
     >>> round(float(router_z_loss(torch.zeros(3, 4))), 6) == round(math.log(4) ** 2, 6)
     True
     """
-    return _mean(logits.logsumexp(dim=-1).square()[:, None], token_mask)[0]
+    return mean_over_tokens(logits.logsumexp(dim=-1).square(), token_mask)
 
 
 def squared_variation(totals: Tensor) -> Tensor:
@@ -76,14 +76,14 @@ def importance_loss(plan: RoutingPlan) -> Tensor:
 
 def load_loss(load_probs: Tensor, token_mask: Tensor | None = None) -> Tensor:
     """Squared variation of the expected load `[T, E]` of noisy top-k (Shazeer et al. 2017, eq. 10 and 11)."""
-    return squared_variation(_mean(load_probs, token_mask))
+    return squared_variation(mean_over_tokens(load_probs, token_mask))
 
 
 def balance_losses(plan: RoutingPlan, context: RoutingContext, config: BalanceConfig) -> dict[str, Tensor]:
     """The unweighted losses of one call of a layer, those of `config` with a coefficient above 0 and the router's own."""
     losses = dict(plan.losses)
     probs, logits, mask = plan.router_probs, plan.router_logits, plan.token_mask
-    if config.load_balance > 0 and probs is not None and probs.requires_grad:
+    if config.load_balance > 0 and probs is not None:
         if config.scope == "sequence":
             losses["load_balance"] = sequence_balance_loss(probs, _chosen(plan), plan.batch_shape, mask)
         else:
@@ -93,7 +93,7 @@ def balance_losses(plan: RoutingPlan, context: RoutingContext, config: BalanceCo
             losses["load_balance"] = load_balance_loss(probs, counts, mask)
     if config.router_z > 0 and logits is not None:
         losses["router_z"] = router_z_loss(logits, mask)
-    if config.importance > 0 and plan.row_weight.requires_grad:
+    if config.importance > 0:
         losses["importance"] = importance_loss(plan)
     if config.load > 0 and plan.load_probs is not None:
         losses["load"] = load_loss(plan.load_probs, mask)
@@ -110,10 +110,3 @@ def _chosen(plan: RoutingPlan) -> Tensor:
     """`[T, E]` 1 where a token's choice of an expert has a row."""
     chosen = torch.zeros(plan.n_tokens, plan.n_experts, device=plan.token_index.device)
     return chosen.index_put((plan.token_index, plan.expert_of_row()), torch.ones((), device=chosen.device))
-
-
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the tokens that count, `[T, N] -> [N]`."""
-    if mask is None:
-        return values.mean(dim=0)
-    return (values * mask[:, None]).sum(dim=0) / mask.sum().clamp(min=1)

@@ -43,11 +43,15 @@ def _weighted_sum(answers: Tensor, row_weight: Tensor, plan: RoutingPlan) -> Ten
 def _combine_slots(answers: Tensor, plan: RoutingPlan) -> Tensor:
     assert plan.slots is not None
     n_rows, length = plan.batch_shape
-    by_slot = answers.view(-1, n_rows, answers.shape[-1])
+    by_slot = answers.view(plan.slots.combine.shape[-1], n_rows, answers.shape[-1])
     out = torch.einsum("bsn,nbo->bso", plan.slots.combine.to(answers.dtype), by_slot)
     return out.reshape(n_rows * length, -1)
 
 
 def _straight_through_one(weight: Tensor) -> Tensor:
-    """1 in value, with the gradient of log(weight), so that a router learns from unweighted answers."""
-    return weight / weight.detach().clamp(min=torch.finfo(weight.dtype).tiny)
+    """1 in value, with the gradient of log(weight), so that a router learns from unweighted answers.
+
+    Exactly 1 even where a probability has underflowed to 0: a vote is never lost.
+    """
+    fixed = weight.detach()
+    return 1.0 + (weight - fixed) / fixed.clamp(min=torch.finfo(weight.dtype).tiny)

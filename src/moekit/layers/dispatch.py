@@ -13,6 +13,6 @@ def dispatch(tokens: Tensor, plan: RoutingPlan) -> Tensor:
     if plan.slots is None:
         return tokens.index_select(0, plan.token_index)
     n_rows, length = plan.batch_shape
-    blended = torch.einsum("bsn,bsd->nbd", plan.slots.dispatch.to(tokens.dtype), tokens.view(n_rows, length, -1))
+    blended = torch.einsum("bsn,bsd->nbd", plan.slots.dispatch.to(tokens.dtype), tokens.view(n_rows, length, tokens.shape[-1]))
     # slots are numbered expert by expert, so slot-major order is expert order
     return blended.reshape(-1, tokens.shape[-1])

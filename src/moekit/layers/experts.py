@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,14 @@ class StackedMLP(nn.Module):
 
 
 class ModuleExperts(nn.ModuleList):
-    """Experts of any structure: one module each, called on the rows of its tokens `[r, D] -> [r, O]`."""
+    """Experts of any structure: one module each, called on the rows of its tokens `[r, D] -> [r, O]`.
+
+    Errors: `ConfigError` where the modules return vectors of different widths, or of another width than `d_out`.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] | None = None, d_out: int | None = None) -> None:
+        super().__init__(modules)
+        self.d_out = d_out
 
     def forward(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
         counts = tokens_per_expert.tolist()
@@ -73,10 +80,14 @@ class ModuleExperts(nn.ModuleList):
             return rows.new_zeros(0, self.width(rows))
         widths = sorted({answer.shape[-1] for answer in answers})
         require(len(widths) == 1, "experts", widths, "must all return vectors of one width")
+        require(self.d_out in (None, widths[0]), "experts", widths[0],
+                f"must return vectors of width {self.d_out}", "Or set d_out")  # fmt: skip
         return torch.cat([answer.to(answers[0].dtype) for answer in answers])
 
     def width(self, rows: Tensor) -> int:
-        """Output width, from the first expert on one zero row."""
+        """Output width; where it was not given, from the first expert on one zero row."""
+        if self.d_out is not None:
+            return self.d_out
         with torch.no_grad():
             return self[0](rows.new_zeros(1, rows.shape[-1])).shape[-1]
 
@@ -100,7 +111,7 @@ class NullExperts(nn.Module):
         sizes = [*counts[:n_constant], sum(counts[n_constant : n_constant + self.config.copy_input])]
         *constants, copied, zeros = rows.split([*sizes, sum(counts) - sum(sizes)])
         answers = [self._constant(part, i) for i, part in enumerate(constants)]
-        return torch.cat([*answers, copied, zeros * 0.0])
+        return torch.cat([*answers, copied, torch.zeros_like(zeros)])
 
     def _constant(self, rows: Tensor, index: int) -> Tensor:
         assert self.vectors is not None
@@ -151,9 +162,9 @@ class MLP(nn.Module):
         return self.w_out(activate(self.w_in(tokens), self.activation))
 
 
-def module_experts(modules: Sequence[nn.Module], n_experts: int) -> ModuleExperts:
+def module_experts(modules: Sequence[nn.Module], n_experts: int, d_out: int | None = None) -> ModuleExperts:
     """Validate a user's own experts."""
     if not all(isinstance(module, nn.Module) for module in modules):
         raise ConfigError("experts must be torch.nn.Module instances, one per expert")
     require(len(modules) == n_experts, "experts", len(modules), f"must hold n_experts ({n_experts}) modules")
-    return ModuleExperts(modules)
+    return ModuleExperts(modules, d_out)

@@ -76,6 +76,8 @@ class MoE(nn.Module):
         self.experts = _build_experts(d_model, config, experts)
         self.shared = None
         if config.n_shared_experts:
+            require(config.d_out in (None, d_model), "d_out", config.d_out,
+                    f"must be d_model ({d_model}) with shared experts", "Remove d_out or n_shared_experts")  # fmt: skip
             self.shared = SharedExpert(
                 d_model, config.shared_width, activation=config.activation, bias=config.bias, gated=config.shared_gate
             )
@@ -109,8 +111,9 @@ class MoE(nn.Module):
         tokens = hidden_states.reshape(-1, self.d_model)  # [T, D]
         context = self._context(hidden_states, token_ids, token_mask, segment_ids, earlier_counts)
 
-        plan = self.router(tokens, context)
-        plan = self._limit(plan)
+        plan = self._adjusted(self.router(tokens, context))
+        losses = balance_losses(plan, context, self.config.balance)  # of what was asked for, before any drop
+        plan = self._limited(plan)
         rows = dispatch(tokens, plan)  # [R, D]
         answers = self.experts(rows, plan.tokens_per_expert)  # [R, O]
         mixed = combine(answers, plan, self.config.combine)  # [T, O]
@@ -120,25 +123,28 @@ class MoE(nn.Module):
         if self.linear is not None:
             mixed = mixed + self.linear(tokens)
         mixed = mixed.reshape(*hidden_states.shape[:-1], mixed.shape[-1])
-        return MoEOutput(mixed, balance_losses(plan, context, self.config.balance), plan)
+        return MoEOutput(mixed, losses, plan)
 
-    def _limit(self, plan: RoutingPlan) -> RoutingPlan:
-        """Weight scale, winners and capacity: what the layer's configuration makes of the router's plan."""
+    def _adjusted(self, plan: RoutingPlan) -> RoutingPlan:
+        """The router's plan with the layer's weight scale; with the winners alone where only they answer."""
         if self.config.weight_scale != 1.0:
             plan = plan.map_weights(lambda weight: weight * self.config.weight_scale)
-        if self.config.combine == "winner":
-            plan = plan.winners()
-        if self.config.capacity_factor is not None:
-            n_tokens = plan.n_tokens if plan.token_mask is None else int(plan.token_mask.sum())
-            k = 1 if self.config.combine == "winner" else self.config.top_k
-            capacity = math.ceil(self.config.capacity_factor * n_tokens * k / plan.n_experts)
-            plan = plan.limited_to(capacity, self.config.drop_policy)
-        return plan
+        return plan.winners() if self.config.combine == "winner" else plan
+
+    def _limited(self, plan: RoutingPlan) -> RoutingPlan:
+        """The plan without the rows that find their expert full: capacity_factor * T * K / E rows, padding apart."""
+        if self.config.capacity_factor is None:
+            return plan
+        n_tokens = plan.n_tokens if plan.token_mask is None else int(plan.token_mask.sum())
+        k = 1 if self.config.combine == "winner" else self.config.top_k
+        capacity = math.ceil(self.config.capacity_factor * n_tokens * k / plan.n_experts)
+        return plan.limited_to(capacity, self.config.drop_policy)
 
     def _context(self, hidden_states: Tensor, *parts: Tensor | None) -> RoutingContext:
         require(hidden_states.shape[-1] == self.d_model, "hidden_states", tuple(hidden_states.shape),
                 f"must end in d_model ({self.d_model})")  # fmt: skip
         token_ids, token_mask, segment_ids, earlier_counts = parts
+        token_mask = None if token_mask is None else token_mask.bool()  # tokenizers give 0 and 1
         leading = hidden_states.shape[:-1]
         for name, value in (("token_ids", token_ids), ("token_mask", token_mask), ("segment_ids", segment_ids)):
             require(value is None or value.shape == leading, name, None if value is None else tuple(value.shape),
@@ -153,7 +159,10 @@ class MoE(nn.Module):
 def _build_experts(d_model: int, config: MoEConfig, modules: Sequence[nn.Module] | None) -> nn.Module:
     real: nn.Module
     if modules is not None:
-        real = module_experts(modules, config.n_experts)
+        # a sum with another path would broadcast answers of width 1 without a word
+        one_of_several = config.n_shared_experts > 0 or config.linear_path or config.null_experts.total > 0
+        d_out = d_model if config.d_out is None and one_of_several else config.d_out
+        real = module_experts(modules, config.n_experts, d_out)
     else:
         real = StackedMLP(
             config.n_experts, d_model, config.d_expert,

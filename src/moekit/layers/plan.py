@@ -61,7 +61,7 @@ class RoutingPlan:
         token_mask: `[T]` False at padding, or None.
         batch_shape: (B, S) with B * S = T.
         load_probs: `[T, E]` probability that an expert is chosen under the routing noise (noisy top-k), or None.
-        losses: unweighted losses that the router brings by itself, by name.
+        losses: losses that the router brings by itself, by name, times its own (adaptive) coefficient.
         slots: the dense weights of Soft MoE, else None; the rows are then the slots.
     """
 
@@ -211,11 +211,24 @@ class RoutingPlan:
         return replace(kept, requested_per_expert=self.requested_per_expert)
 
     def map_weights(self, function: Callable[[Tensor], Tensor]) -> RoutingPlan:
-        """The plan with `function` applied to the row weights."""
-        return replace(self, row_weight=function(self.row_weight))
+        """The plan with `function` applied to the combine weights."""
+        slots = None if self.slots is None else replace(self.slots, combine=function(self.slots.combine))
+        return replace(self, row_weight=function(self.row_weight), slots=slots)
 
 
 def count_per_expert(expert_index: Tensor, n_experts: int) -> Tensor:
     """`[n_experts]` how often each expert occurs; deterministic on every device."""
     counts = torch.zeros(n_experts, dtype=torch.long, device=expert_index.device)
     return counts.scatter_add_(0, expert_index, torch.ones_like(expert_index))
+
+
+def mean_over_tokens(values: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Mean of `[T, ...]` over the tokens that count, `[...]`; 0 where none does.
+
+    >>> mean_over_tokens(torch.tensor([1.0, 3.0, 100.0]), torch.tensor([True, True, False])).item()
+    2.0
+    """
+    if token_mask is None:
+        return values.sum(dim=0) / max(values.shape[0], 1)
+    mask = token_mask.view(-1, *[1] * (values.dim() - 1))
+    return (values * mask).sum(dim=0) / token_mask.sum().clamp(min=1)

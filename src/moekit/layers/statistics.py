@@ -6,6 +6,7 @@ layer returned, so recomputing activations counts nothing twice.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -71,9 +72,9 @@ class RoutingStats:
         return float(load.max() / load.mean().clamp(min=1e-300) - 1) if load.sum() > 0 else 0.0
 
     def load_entropy(self) -> float:
-        """Entropy of the load over log E: 1 at perfect balance, 0 where one expert takes all."""
+        """Entropy of the load over log E: 1 at perfect balance (so for a single expert), 0 where one takes all."""
         load = self.load()
-        return float(torch.special.entr(load).sum() / torch.log(torch.tensor(float(max(len(load), 2)))))
+        return float(torch.special.entr(load).sum()) / math.log(len(load)) if len(load) > 1 else 1.0
 
     def route_entropy(self) -> float:
         """Mean entropy of a token's router probabilities, in nats."""
@@ -89,7 +90,7 @@ class RoutingStats:
         return float(self.dropped / self.requested_per_expert.sum().clamp(min=1))
 
     def mean_active_experts(self) -> float:
-        """Experts that computed per token, after drops."""
+        """Experts that answered per token, after drops; null experts count, and with Soft MoE the slots."""
         return float((self.requested_per_expert.sum() - self.dropped) / self.n_tokens.clamp(min=1))
 
     def load_balance_loss(self) -> float:

@@ -40,9 +40,10 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw initial weights from torch's global generator."""
-        nn.init.normal_(self.stem.weight, std=self.config.init_std)
+        std = self.config.embedding_std if self.config.embedding_std is not None else self.config.init_std
+        nn.init.normal_(self.stem.weight, std=std)
         if not self.config.tie_embeddings:
-            nn.init.normal_(self.head.weight, std=self.config.init_std)
+            nn.init.normal_(self.head.weight, std=std)
         self.backbone.reset_parameters()
 
     @property

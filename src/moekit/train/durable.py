@@ -48,7 +48,9 @@ def write_file(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
                 n_bytes += len(chunk)
                 while len(chunk):  # a write may take only a part, on a disk that is nearly full for one
                     chunk = chunk[os.write(file, chunk) :]
-            part = chunk = memoryview(b"")  # the next part may be a copy of a tensor: let go of this one before
+            part = chunk = memoryview(
+                b""
+            )  # the next part may be a copy of a tensor: let go of this one before
         os.fsync(file)
     finally:
         os.close(file)

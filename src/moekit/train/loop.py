@@ -75,13 +75,14 @@ class Trainer:
         """Train until `config.steps` or until told to stop; yields the metrics of each finished step."""
         self.model.train()
         while self.step < self.config.steps:
-            began = time.perf_counter()
+            began, share = time.perf_counter(), 1 - self.micro / self.config.accumulation
             finished = self._one_step()
             elapsed = time.perf_counter() - began
             self.seconds += elapsed
             if finished is None:
                 return
-            finished["tokens_per_second"] = self.loader.tokens_per_batch / elapsed
+            # of a step that was begun before an interruption, only the rest was timed
+            finished["tokens_per_second"] = share * self.loader.tokens_per_batch / elapsed
             finished["seconds"] = self.seconds
             yield finished
             if self.should_stop():
@@ -115,15 +116,15 @@ class Trainer:
                 return_logits=False,
                 **kwargs,
             )
-        # each micro-batch counts by its targets, so that the sum is the mean over the whole batch
-        share = out.n_targets / n_targets
-        aux = weighted_aux_loss(out.aux_losses, self.balance)
-        loss = (out.loss + aux) * share
-        self._require_finite(float(loss.detach()), "loss")
+        # means over the whole batch: the loss counts by targets, the auxiliary losses by tokens (equally many in each)
+        share, aux_share = out.n_targets / n_targets, 1 / self.config.accumulation
+        loss = out.loss * share + weighted_aux_loss(out.aux_losses, self.balance) * aux_share
+        self._require_finite(float(loss.detach()), f"loss of micro-batch {self.micro + 1}")
         loss.backward()
-        self._memory[self.micro] = out.memory
+        # rows of "shuffled" sequences do not go on in the next batch: what went before is another text
+        self._memory[self.micro] = out.memory if self.loader.order == "streams" else None
         self._losses.append(float(out.loss.detach()) * share)
-        self._aux.append({name: float(value.detach()) * share for name, value in out.aux_losses.items()})
+        self._aux.append({name: float(value.detach()) * aux_share for name, value in out.aux_losses.items()})
         if out.routing:
             self._stats = add_stats(self._stats, routing_stats(out.routing))
 
@@ -155,8 +156,8 @@ class Trainer:
     def _require_finite(self, value: float, what: str) -> None:
         if value != value or value in (float("inf"), float("-inf")):
             raise NonFiniteError(
-                f"{what} became {value} in step {self.step + 1} (micro-batch {self.micro + 1}); the optimizer was not "
-                "stepped and the last checkpoint is unchanged. Lower train.optimizer.lr, lengthen "
+                f"{what} became {value} in step {self.step + 1}; the optimizer was not stepped and the last "
+                "checkpoint is unchanged. Lower train.optimizer.lr, lengthen "
                 "train.schedule.warmup_steps, or set train.precision: float32, then resume"
             )
 
@@ -189,6 +190,7 @@ class Trainer:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "data": self._batch_start if self.micro > 0 else self.loader.state_dict(),
+            "layout": self._layout(),
             "losses": self._losses,
             "aux": self._aux,
         }
@@ -196,8 +198,10 @@ class Trainer:
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Take over what `tensors` and `state` gave; the next step continues as if nothing had happened.
 
-        Errors: `CheckpointError` where a tensor is missing, unknown or of another shape.
+        Errors: `CheckpointError` where a tensor is missing, unknown or of another shape, or where the place in the
+        data means nothing here (other batches, another order).
         """
+        self._require_same_layout(state)
         groups: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             group, _, rest = name.partition(".")
@@ -219,6 +223,27 @@ class Trainer:
         parameters = dict(self.model.named_parameters())
         for name, gradient in groups.get("gradient", {}).items():
             parameters[name].grad = gradient.to(self.device).clone()
+
+    def _layout(self) -> dict[str, Any]:
+        """What the place in the data, the memory and a half-done step are bound to, by configuration key."""
+        return {
+            "train.batch_size": self.loader.batch_size,
+            "data.seq_len": self.loader.seq_len,
+            "data.order": self.loader.order,
+            "train.seed": self.loader.seed,
+            "train.accumulation": self.config.accumulation,
+        }
+
+    def _require_same_layout(self, state: Mapping[str, Any]) -> None:
+        saved, here = state["layout"], self._layout()
+        between_steps = state["micro"] == 0 and not any(name.startswith("memory.") for name in state)
+        for key, value in saved.items():
+            free = key == "train.accumulation" and between_steps
+            if here[key] != value and not free:
+                raise CheckpointError(
+                    f"{key} must be {value!r} as when the checkpoint was saved; got {here[key]!r}. Its place in the data "
+                    f"means nothing otherwise: resume with {key}={value}, or start a new run"
+                )
 
 
 def balance_metrics(stats: list[RoutingStats]) -> Metrics:

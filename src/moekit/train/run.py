@@ -150,12 +150,7 @@ class _Run:
     ) -> None:
         self.config, self.data, self.folder, self.quiet = config, data, folder, quiet
         loader = TrainLoader(
-            data.train,
-            config.train.batch_size,
-            config.data.seq_len,
-            config.train.seed,
-            config.data.order,
-            config.data.piece_len,
+            data.train, config.train.batch_size, config.data.seq_len, config.train.seed, config.data.order
         )
         self.stop = _StopFlag()
         self.trainer = Trainer(model, config.train, loader, self.stop)

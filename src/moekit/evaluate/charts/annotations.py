@@ -86,5 +86,10 @@ def draw_mark(
         tip=mark.label,
     )
     for index, row in enumerate(rows):
-        drawing.text(box[0], box[1] + 11 + 14 * index, row, halo=True, weight="600" if index == 0 else None)
+        # the box is as wide as the text in the widest face: keep the end at the ring's side in place
+        end = box[2] <= x
+        drawing.text(
+            box[2] if end else box[0], box[1] + 11 + 14 * index, row, halo=True,
+            anchor="end" if end else "start", weight="600" if index == 0 else None,
+        )  # fmt: skip
     return box

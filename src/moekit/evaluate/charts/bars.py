@@ -11,6 +11,8 @@ from moekit.evaluate.charts.numbers import is_number
 from moekit.evaluate.charts.scale import Format, Scale, make_scale, tick_format, ticks
 from moekit.evaluate.charts.theme import SERIES, shorten, text_width
 
+_WIDEST_BAR = 46.0
+
 
 @dataclass(frozen=True)
 class Bars:
@@ -84,7 +86,8 @@ def draw_bars(
 
     slot = (width - left) / max(1, len(groups))
     gap = min(slot * 0.2, 36) if len(bars) > 1 else slot * 0.24
-    size = (slot - gap) / max(1, len(bars))
+    size = min((slot - gap) / max(1, len(bars)), _WIDEST_BAR)
+    gap = slot - size * max(1, len(bars))
     thin = min(size * 0.12, 2.0) if len(bars) > 1 else 0.0
     fits = show_values and all(text_width(write(v), SMALL_SIZE) <= size - 2 for v in values)
     for place, group in enumerate(groups):

@@ -57,6 +57,7 @@ def draw_heat_map(
         value_format: how values are written in cells and key; `tip_format` how on hover.
         row_tip, column_tip: a word put before the row's and the column's name on hover, such as "expert".
         note: a muted line under the heading.
+        key_label: what is written after the high end of the key, such as "% of tokens".
         key: draw the colour scale below; by default where the values are not written in the cells.
     """
     finite = [value for line in values for value in line if is_number(value)]
@@ -90,7 +91,8 @@ def draw_heat_map(
     written = [write(value) for value in finite]
     size = 11.0 if max((text_width(text, 11) for text in written), default=0.0) <= cell_width - 3 else 9.5
     fits = (
-        cell_height >= 13 and max((text_width(text, size) for text in written), default=0.0) <= cell_width - 1
+        min(cell_height - 13, cell_width - 15) >= 0
+        and max((text_width(text, size) for text in written), default=0.0) <= cell_width - 1
     )
     every = max(1, -(-13 // max(1, int(cell_height))))
     for row, (name, line) in enumerate(zip(rows, values, strict=True)):
@@ -164,7 +166,7 @@ def _key(
     drawing: Drawing, left: float, y: float, width: float, low: float, high: float, write: Format, label: str
 ) -> None:
     """The colour scale: five steps between the two ends."""
-    low_text, high_text = write(low), f"{write(high)} {label}".strip()
+    low_text, high_text = write(low), f"{write(high)}{label}"
     x = left
     drawing.text(x, y + 9, low_text, fill="muted")
     x += text_width(low_text, SMALL_SIZE) + 6

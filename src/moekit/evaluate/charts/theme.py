@@ -17,7 +17,7 @@ COLOURS: dict[str, tuple[str, str]] = {
     "grid": ("#e4e8ec", "#262c36"),
     "axis": ("#8c959f", "#68727d"),
     # heat lies over the surface; above one opacity (heatmap._DARK_CELL) cell-high is the easier to read
-    "heat": ("#053b73", "#58a6ff"),
+    "heat": ("#00379a", "#58a6ff"),
     "cell-low": ("#000000", "#ffffff"),
     "cell-high": ("#ffffff", "#000000"),
     "track": ("#eef1f4", "#1b222c"),

@@ -42,11 +42,13 @@ def summary_figure(report: Mapping[str, Any]) -> str:
     if layers:
         layer = min(layers, key=lambda one: overlap(one["share"]) or 0.0)
         n_experts = len(layer["share"][0])
+        room = _HEIGHT - 68
+        room -= 0 if room / n_experts >= 13 else 28  # cells too low for values get a key below them
         shares = [value for row in layer["share"] for value in row if is_number(value)]
         panels.append(
             draw_experts(
                 table["domains"], layer, max(shares, default=1.0), 880.0 - 528.0 - 36.0, transposed=True,
-                heading=f"Experts by domain, layer {layer['layer']}", cell_height=(_HEIGHT - 68) / n_experts,
+                heading=f"Experts by domain, layer {layer['layer']}", cell_height=room / n_experts,
             )
         )  # fmt: skip
     verdict = make_headline(report).verdict

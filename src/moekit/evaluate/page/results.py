@@ -68,7 +68,7 @@ def summary_section(report: Report) -> str:
     """The table of all models: quality, size, speed, memory, time."""
     names = present(report)
     head = "".join(
-        f'<th scope="col"><span class="swatch {MODEL_COLOURS[name]}"></span>{_hyphenated(MODEL_NAMES[name])}</th>'
+        f'<th scope="col"><span class="swatch {MODEL_COLOURS[name]}"></span>{_hyphenated(name)}</th>'
         for name in names
     )
     bits: list[tuple[str, str, Callable[[Any], str], str]] = [
@@ -111,8 +111,8 @@ def summary_section(report: Report) -> str:
 
 
 def _hyphenated(name: str) -> str:
-    """A place to break Transformer-XL in the narrow columns of a phone."""
-    return escape(name).replace("Transformer", "Trans&shy;former")
+    """A model's name, with a place to break Transformer-XL in the narrow columns of a phone."""
+    return MODEL_NAMES[name].replace("Transformer", "Trans&shy;former")
 
 
 def _cells(report: Report, names: Sequence[str], path: str, write: Callable[[Any], str], better: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from moekit.evaluate.charts import Bars, Drawing, Reference, Series, draw_bars, draw_heat_map, draw_lines
 from moekit.evaluate.charts.numbers import format_count, format_number, format_percent, is_number
 from moekit.evaluate.charts.theme import escape
-from moekit.evaluate.page.blocks import facts, figure, grid, section
+from moekit.evaluate.page.blocks import WIDE, facts, figure, grid, section
 
 Report = Mapping[str, Any]
 Share = Sequence[Sequence[float | None]]
@@ -27,8 +27,11 @@ def load_section(report: Report) -> str:
         + [1.15 / max(1, len(layer["load"])) for layer in layers]
     )
 
+    few = len(layers) <= 2
+    panel_width = WIDE if few else _PANEL
+
     def panel(layer: Mapping[str, Any]) -> str:
-        return figure(lambda width: _draw_load(layer, highest, width), wide=_PANEL)
+        return figure(lambda width: _draw_load(layer, highest, width), wide=panel_width)
 
     n_experts = sum(len(layer["load"]) for layer in layers)
     dead = balance["dead_experts"]
@@ -52,7 +55,7 @@ def load_section(report: Report) -> str:
         "Load of the experts",
         intro,
         facts(figures),
-        grid([panel(layer) for layer in layers], "four"),
+        grid([panel(layer) for layer in layers], "two" if few else "four"),
         course,
     )
 
@@ -190,7 +193,7 @@ def draw_experts(
         "high": highest * 100,
         "value_format": lambda value: f"{value:.0f}",
         "tip_format": lambda value: f"{value:.1f}%",
-        "key_label": "% of the domain’s routed tokens",
+        "key_label": "%" if transposed else "% of the domain’s routed tokens",
     }
     if transposed:
         columns = [list(column) for column in zip(*values, strict=True)]

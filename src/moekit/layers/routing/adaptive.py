@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moekit.config.base import StrictConfig
 from moekit.config.moe import MoEConfig
-from moekit.layers.plan import RoutingContext, RoutingPlan
+from moekit.layers.plan import RoutingContext, RoutingPlan, mean_over_tokens
 from moekit.layers.routing.base import LearnedRouter, normalize_chosen, register_router
 from moekit.layers.statistics import RoutingStats
 
@@ -43,7 +43,7 @@ class TopPRouter(LearnedRouter):
         chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(1, index, take)
         weights = torch.zeros_like(probs).scatter(1, index, weight)
         entropy = torch.special.entr(probs.clamp(min=1e-20)).sum(dim=-1)
-        loss = self.options.entropy_coefficient * _mean_over_tokens(entropy, context.token_mask)
+        loss = self.options.entropy_coefficient * mean_over_tokens(entropy, context.token_mask)
         return RoutingPlan.from_mask(
             chosen, weights, context, router_logits=logits, router_probs=probs, losses={"router_entropy": loss}
         )
@@ -79,7 +79,7 @@ class ThresholdRouter(LearnedRouter):
         # f normalised to mean 1, so a perfectly even load gives the plain L1 norm
         load = counted.sum(dim=0).float()
         load = load / load.mean().clamp(min=1e-20)
-        l1 = _mean_over_tokens((weights * load).sum(dim=-1), context.token_mask)
+        l1 = mean_over_tokens((weights * load).sum(dim=-1), context.token_mask)
         return RoutingPlan.from_mask(
             chosen,
             weights,
@@ -93,7 +93,3 @@ class ThresholdRouter(LearnedRouter):
     def after_step(self, stats: RoutingStats, scale: float = 1.0) -> None:
         active = stats.requested_per_expert.sum() / stats.n_tokens.clamp(min=1)
         self.coefficient *= self.options.growth ** torch.sign(active - self.top_k).to(self.coefficient)
-
-
-def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values.mean() if mask is None else (values * mask).sum() / mask.sum().clamp(min=1)

@@ -38,9 +38,14 @@ class ExpertChoiceRouter(LearnedRouter):
         if context.token_mask is not None:
             selection = probs.masked_fill(~context.token_mask[:, None], -1.0)
         capacity = min(length, math.ceil(self.top_k * length / self.n_experts))
-        values, index = selection.view(batch, length, -1).topk(capacity, dim=1)
+        values, index = selection.view(batch, length, self.n_experts).topk(capacity, dim=1)
+        taken = values >= 0
+        if context.token_mask is not None:
+            # an expert's share is one of the tokens that count: padding must not enlarge it
+            share = -(-self.top_k * context.token_mask.view(batch, length).sum(dim=1) // self.n_experts)
+            taken = taken & (torch.arange(capacity, device=tokens.device)[None, :] < share[:, None])[..., None]
         chosen = torch.zeros(batch, length, self.n_experts, dtype=torch.bool, device=tokens.device)
-        chosen = chosen.scatter_(1, index, values >= 0).flatten(0, 1)
+        chosen = chosen.scatter_(1, index, taken).flatten(0, 1)
         return RoutingPlan.from_mask(chosen, probs * chosen, context, router_logits=logits, router_probs=probs)
 
 
@@ -64,41 +69,39 @@ class BaseRouter(LearnedRouter):
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         logits = self.logits(tokens)
         affinity = logits.detach()
-        if not self.training:
-            index = affinity.topk(self.top_k, dim=-1).indices
-        elif self.options.method == "sinkhorn":
-            index = sinkhorn(affinity, self.options.iterations, context.token_mask).topk(self.top_k, dim=-1).indices
-        else:
-            index = self._auctions(affinity, context.token_mask)
+        index = affinity.topk(self.top_k, dim=-1).indices
+        if self.training:
+            # padding takes no part in the assignment
+            rows = slice(None) if context.token_mask is None else context.token_mask
+            index[rows] = self._assign(affinity[rows])
         # a sigmoid of the logit as weight, as in the paper: no other expert's logit enters
         weight = logits.sigmoid().gather(1, index)
         return RoutingPlan.from_choices(
             index, weight, self.n_experts, context, router_logits=logits, router_probs=logits.softmax(dim=-1)
         )
 
-    def _auctions(self, affinity: Tensor, mask: Tensor | None) -> Tensor:
-        rows = torch.arange(affinity.shape[0], device=affinity.device) if mask is None else mask.nonzero()[:, 0]
-        index = affinity.topk(self.top_k, dim=-1).indices
-        left = affinity[rows]
-        for k in range(self.top_k):
-            choice = auction(left)
-            index[rows, k] = choice
+    def _assign(self, affinity: Tensor) -> Tensor:
+        """`[n, K]` experts of the tokens that count, from their affinities `[n, E]`."""
+        if self.options.method == "sinkhorn" or affinity.shape[0] == 0:
+            return sinkhorn(affinity, self.options.iterations).topk(self.top_k, dim=-1).indices
+        spread = float(affinity.max() - affinity.min())
+        left, choices = affinity, []
+        for _ in range(self.top_k):
+            choices.append(auction(left))
             # no token meets the same expert twice
-            left = left.scatter(1, choice[:, None], left.min() - 10.0 * (left.max() - left.min() + 1.0))
-        return index
+            left = left.scatter(1, choices[-1][:, None], float(affinity.min()) - 10.0 * (spread + 1.0))
+        return torch.stack(choices, dim=1)
 
 
-def sinkhorn(affinity: Tensor, iterations: int, mask: Tensor | None = None) -> Tensor:
-    """Affinities `[T, E]` scaled alternately so that tokens have mass 1 and experts equal mass; log domain, float32."""
+def sinkhorn(affinity: Tensor, iterations: int) -> Tensor:
+    """Affinities `[T, E]` scaled in turn so that experts have equal mass and tokens mass 1; log domain, float32.
+
+    The tokens' scaling comes last: each row of the result's exponential sums to 1, the columns nearly to T / E.
+    """
     log_plan = affinity.float()
-    if mask is not None:
-        log_plan = log_plan.masked_fill(~mask[:, None], -1e9)
-    n_tokens = affinity.shape[0] if mask is None else int(mask.sum())
-    log_mass = math.log(max(n_tokens, 1) / affinity.shape[1])
+    log_mass = math.log(max(affinity.shape[0], 1) / affinity.shape[1])
     for _ in range(iterations):
         log_plan = log_plan - log_plan.logsumexp(dim=0, keepdim=True) + log_mass
-        if mask is not None:
-            log_plan = log_plan.masked_fill(~mask[:, None], -1e9)
         log_plan = log_plan - log_plan.logsumexp(dim=1, keepdim=True)
     return log_plan
 

@@ -43,8 +43,10 @@ def register_router(name: str) -> Callable[[R], R]:
 
     def add(cls: R) -> R:
         taken = ROUTERS.get(name)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise ConfigError(f"router name {name!r} is taken by {taken.__qualname__}; choose another")
+        # the same class again (a notebook cell run twice) replaces itself
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            owner = f"{taken.__module__}.{taken.__qualname__}"
+            raise ConfigError(f"router name {name!r} is taken by {owner}; choose another")
         cls.name = name
         ROUTERS[name] = cls
         return cls
@@ -117,8 +119,9 @@ class Router(nn.Module):
         `scale` multiplies the rate (training passes its learning-rate schedule, so the bias settles with the weights).
         """
         if self.expert_bias is not None:
-            load = stats.requested_per_expert.to(self.expert_bias)
-            self.expert_bias += scale * self.bias_update_rate * torch.sign(load.mean() - load)
+            load = stats.requested_per_expert.double()  # exact, whatever type the model was cast to
+            direction = torch.sign(load.mean() - load).to(self.expert_bias)
+            self.expert_bias += scale * self.bias_update_rate * direction
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, n_experts={self.n_experts}, top_k={self.top_k}, {self.options}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from moekit.config.base import StrictConfig
@@ -30,7 +30,8 @@ class HashRouter(Router):
         if context.token_ids is None:
             raise ConfigError("router 'hash' chooses by token id; call the layer with token_ids=[...] of its input")
         experts = torch.arange(self.n_experts, device=tokens.device)
-        keys = _mix(context.token_ids[:, None] * 0x9E3779B1 + experts[None] * 0x85EBCA77 + self.options.seed * 0xC2B2AE3D)
+        ids = context.token_ids.long()[:, None]  # in a narrower type the product would wrap to another table
+        keys = _mix(ids * 0x9E3779B1 + experts[None] * 0x85EBCA77 + self.options.seed * 0xC2B2AE3D)
         index = keys.topk(self.top_k, dim=-1).indices
         return RoutingPlan.from_choices(index, _equal_weights(index), self.n_experts, context)
 
@@ -76,12 +77,12 @@ class RuleRouter(LearnedRouter):
         strength: float = Field(default=2.0, gt=0, description="what a score of 1 adds to a logit in mode bias")
         scope: Literal["token", "onward", "sequence"] = Field(default="onward", description="where a keyword holds")
 
-        @field_validator("function")
-        @classmethod
-        def _callable(cls, value: Any) -> Any:
+        @model_validator(mode="after")
+        def _callable(self) -> RuleRouter.Options:
+            value = self.function
             require(value is None or callable(value) or (isinstance(value, str) and ":" in value), "function", value,
                     "must be a callable or an import path 'package.module:name'")  # fmt: skip
-            return value
+            return self
 
     options: Options
 
@@ -107,10 +108,11 @@ class RuleRouter(LearnedRouter):
         index = probs.topk(self.top_k, dim=-1).indices
         chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, index, True)
         if self.options.mode == "decide":
-            # the learned logits break ties between experts of equal score
-            ranked = torch.where(scores > 0, scores * 1e4 + probs.detach(), -torch.inf)
-            best, named = ranked.topk(self.top_k, dim=-1)
-            by_rule = torch.zeros_like(chosen).scatter_(1, named, best > -torch.inf)
+            # by score; the learned probabilities break ties
+            learned = probs.detach().argsort(dim=-1, descending=True, stable=True)
+            by_score = scores.gather(1, learned).argsort(dim=-1, descending=True, stable=True)
+            named = learned.gather(1, by_score)[:, : self.top_k]
+            by_rule = torch.zeros_like(chosen).scatter_(1, named, scores.gather(1, named) > 0)
             chosen = torch.where((scores > 0).any(dim=-1, keepdim=True), by_rule, chosen)
         weights = normalize_chosen(probs * chosen)
         return RoutingPlan.from_mask(chosen, weights, context, router_logits=logits, router_probs=probs)
@@ -120,12 +122,14 @@ class RuleRouter(LearnedRouter):
         assert context.token_ids is not None
         ids = context.token_ids.view(context.batch_shape)
         segments = torch.zeros_like(ids) if context.segment_ids is None else context.segment_ids.view_as(ids)
+        # padding holds no keyword
+        text = ids if context.token_mask is None else ids.masked_fill(~context.token_mask.view_as(ids), -1)
         scores = torch.zeros(*ids.shape, self.n_experts, device=ids.device)
         for rule in self.options.rules:
-            fired = torch.zeros_like(ids, dtype=torch.bool)
+            hit = torch.zeros_like(ids, dtype=torch.bool)
             for keyword in rule.token_ids:
-                fired |= _spread(_find(ids, keyword), segments, self.options.scope)
-            scores[..., rule.expert] += fired
+                hit |= _find(text, segments, keyword)
+            scores[..., rule.expert] += _spread(hit, segments, self.options.scope)
         if self.function is not None:
             answer = self.function(ids, self.n_experts)
             require(tuple(answer.shape) == tuple(scores.shape), "router(rule).function", tuple(answer.shape),
@@ -154,15 +158,15 @@ def keyword_rules(encode: Callable[[str], Sequence[int]], keywords: Mapping[int,
     return rules
 
 
-def _find(ids: Tensor, keyword: Sequence[int]) -> Tensor:
-    """`[B, S]` True at the last token of each occurrence (an earlier one would look ahead)."""
+def _find(ids: Tensor, segments: Tensor, keyword: Sequence[int]) -> Tensor:
+    """`[B, S]` True at the last token of each occurrence inside one document (an earlier one would look ahead)."""
     length = len(keyword)
     hit = torch.zeros_like(ids, dtype=torch.bool)
     if length == 0 or length > ids.shape[1]:
         return hit
-    windows = ids.unfold(1, length, 1)
-    found = (windows == torch.tensor(list(keyword), device=ids.device)).all(dim=-1)
-    hit[:, length - 1 :] = found
+    found = (ids.unfold(1, length, 1) == torch.tensor(list(keyword), device=ids.device)).all(dim=-1)
+    one_document = (segments.unfold(1, length, 1) == segments[:, length - 1 :, None]).all(dim=-1)
+    hit[:, length - 1 :] = found & one_document
     return hit
 
 

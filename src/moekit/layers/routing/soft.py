@@ -59,7 +59,7 @@ class SoftMoERouter(LearnedRouter):
             combine = combine * mask
         per_expert = batch * self.options.slots_per_expert
         n_rows = per_expert * self.n_experts
-        probs = combine.view(batch * length, self.n_experts, -1).sum(dim=-1)
+        probs = combine.view(batch * length, self.n_experts, self.options.slots_per_expert).sum(dim=-1)
         return RoutingPlan(
             token_index=torch.arange(n_rows, device=tokens.device),
             row_weight=torch.ones(n_rows, device=tokens.device),

@@ -94,7 +94,7 @@ class NoisyTopKRouter(LearnedRouter):
             with torch.autocast(tokens.device.type, enabled=False):
                 deviation = F.softplus(F.linear(tokens.float(), self.noise_weight.float())) + 1e-2
             noisy = clean + torch.randn_like(clean) * deviation
-            load_probs = self._load_probs(clean, noisy, deviation)
+            load_probs = self._load_probs(self.with_bias(clean), self.with_bias(noisy), deviation)
         else:
             noisy = clean
         index = self.with_bias(noisy).topk(self.top_k, dim=-1).indices

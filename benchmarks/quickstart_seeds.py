@@ -1,0 +1,60 @@
+"""The quickstart with several seeds: docs/results/quickstart.json, and the picture of the README from the first seed.
+
+    python benchmarks/quickstart_seeds.py --seeds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common import RESULTS, mean_and_deviation, write_result
+
+from moekit.evaluate.page import summary_figure
+from moekit.recipes.quickstart import MODELS, run_quickstart
+
+NAMES = {"dense": "dense twin", "transformer_xl": "Transformer-XL", "moe": "**MoE**"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart-seeds"))
+    args = parser.parse_args()
+    reports = [run_quickstart(out=args.out / f"seed-{seed}", seed=seed, quiet=True) for seed in range(args.seeds)]
+    first = reports[0]
+    domains = first["corpus"]["domains"]
+    rows = []
+    for name in MODELS:
+        models = [report["models"][name] for report in reports]
+        rows.append([
+            NAMES[name],
+            *(mean_and_deviation([m["bits_per_byte"][key] for m in models], 3) for key in ("mean", *domains)),
+            f"{models[0]['active_parameters'] / 1e6:.2f} M",
+            f"{models[0]['total_parameters'] / 1e6:.2f} M",
+            f"{sorted(m['train_tokens_per_second'] for m in models)[len(models) // 2]:,.0f}",
+            f"{sorted(m['inference_tokens_per_second'] for m in models)[len(models) // 2]:,.0f}",
+        ])  # fmt: skip
+    shares = [report["to_dense_loss"] for report in reports]
+    write_result(
+        "quickstart",
+        "Quickstart: equal active parameters, equal tokens",
+        f"python benchmarks/quickstart_seeds.py --seeds {args.seeds}",
+        f"Bits per byte on the validation documents (lower is better), mean ± deviation over {args.seeds} seeds; "
+        f"{first['settings']['steps']} steps of {first['settings']['batch_size'] * first['settings']['seq_len']:,} tokens "
+        "for each model, each with its own tuned learning rate; tokens per second are medians on 2 shared CPU cores.",
+        ["model", "mean", *domains, "active", "total", "training tokens/s", "inference tokens/s"],
+        rows,
+        to_dense_loss=shares,
+        balance=[report["balance"]["max_violation"] for report in reports],
+        bits_per_byte={name: [r["models"][name]["bits_per_byte"] for r in reports] for name in MODELS},
+        gap={name: [r["models"][name]["gap"] for r in reports] for name in MODELS},
+        seconds={name: [r["models"][name]["train_seconds"] for r in reports] for name in MODELS},
+        machine=first["machine"],
+    )
+    (RESULTS.parent / "images").mkdir(exist_ok=True)
+    (RESULTS.parent / "images" / "quickstart.svg").write_text(summary_figure(first), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
