@@ -114,3 +114,9 @@ def test_python_dash_m_returns_the_code_to_the_shell():
     )
     assert result.returncode == 2
     assert "did you mean 'train'?" in result.stderr
+
+
+def test_warnings_are_one_line_without_code():
+    code = "from moekit.cli.main import main; import warnings; main(['--version']); warnings.warn('low disk')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr == "warning: low disk\n"

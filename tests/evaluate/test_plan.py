@@ -15,9 +15,20 @@ from moekit.evaluate.plan import plan_run, probe_config
 from moekit.models.accounting import total_parameters
 from moekit.models.build import build_model
 
-SMALL = ["model.d_model=32", "model.n_layers=3", "model.n_heads=2", "model.d_ff=64", "model.vocab_size=300",
-         "model.max_seq_len=16", "data.seq_len=16", "train.batch_size=8", "train.steps=10",
-         "train.schedule.warmup_steps=1", "train.device=cpu"]  # fmt: skip
+SMALL = [
+    "model.d_model=32",
+    "model.n_layers=3",
+    "model.n_heads=2",
+    "model.d_ff=64",
+    "model.vocab_size=300",
+    "model.max_seq_len=16",
+    "data.vocab_size=300",
+    "data.seq_len=16",
+    "train.batch_size=8",
+    "train.steps=10",
+    "train.schedule.warmup_steps=1",
+    "train.device=cpu",
+]
 SPARSE = [*SMALL, "model.moe.n_experts=8", "model.moe.d_expert=16"]
 RECURRENT = [*SMALL, "model.kind=transformer_xl", "model.memory_length=16"]
 
@@ -120,15 +131,16 @@ def test_a_probe_of_a_part_still_plans_the_whole(monkeypatch):
     )
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["data.seq_len=32"], "longer than model.max_seq_len (16)"),
-        (["train.schedule.warmup_steps=10"], "fills all train.steps (10)"),
-    ],
-)
-def test_warnings(overrides, words):
-    assert any(words in warning for warning in planned(*SMALL, *overrides, measure=False)["warnings"])
+def test_a_schedule_that_never_decays_is_noted():
+    warnings = planned(*SMALL, "train.schedule.warmup_steps=10", measure=False)["warnings"]
+    assert any("fills all train.steps (10)" in warning for warning in warnings)
+
+
+def test_the_model_is_fitted_to_the_data_as_training_does():
+    plan = planned(*SMALL, "data.vocab_size=512", "model.vocab_size=300", measure=False)
+    longer = planned(*SMALL, "model.vocab_size=512", "data.seq_len=32", "model.max_seq_len=16", measure=False)
+    assert plan["parameters"]["total"] == longer["parameters"]["total"]
+    assert longer["flops"]["per_token"] > plan["flops"]["per_token"]
 
 
 def test_too_little_memory_is_said_before_the_run(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -52,7 +53,9 @@ def naive_attention(content_query, position_query, key_value, relative_key, mask
                     distance = n_keys - n_queries + i - j
                     if distance >= 0 and mask[b, i, j] == 0:
                         r = relative_key[n_keys - distance, h]
-                        scores[j] = content_query[b, i, h] @ key_value[b, j, 0, h] + position_query[b, i, h] @ r
+                        scores[j] = (
+                            content_query[b, i, h] @ key_value[b, j, 0, h] + position_query[b, i, h] @ r
+                        )
                 out[b, i, h] = torch.softmax(scores, 0) @ key_value[b, :, 1, h]
     return out
 
@@ -63,7 +66,9 @@ def attention_inputs(batch, n_queries, n_keys, n_heads=2, d_head=3):
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     position = torch.arange(n_keys)
     query_position = position[n_keys - n_queries :, None]
-    hidden = (position > query_position) | ((position < query_position) & (torch.rand(n_queries, n_keys) < 0.3))
+    hidden = (position > query_position) | (
+        (position < query_position) & (torch.rand(n_queries, n_keys) < 0.3)
+    )
     mask = torch.zeros(batch, n_queries, n_keys, dtype=torch.float64).masked_fill(hidden, -math.inf)
     return inputs, mask
 
@@ -81,7 +86,10 @@ class TestRelativeShift:
 
     def test_is_a_view(self):
         by_distance = torch.randn(2, 3, 6)
-        assert relative_shift(by_distance).untyped_storage().data_ptr() == by_distance.untyped_storage().data_ptr()
+        assert (
+            relative_shift(by_distance).untyped_storage().data_ptr()
+            == by_distance.untyped_storage().data_ptr()
+        )
 
     def test_undo_is_the_adjoint(self):
         by_distance, by_key = torch.randn(2, 5, 8), torch.randn(2, 5, 7)
@@ -165,15 +173,20 @@ class TestRecurrence:
         assert not torch.allclose(last(deep, ids), last(deep, other))
 
     def test_memory_carries_no_gradient(self):
-        model = make()
-        first = model(tokens(1, 6))
+        model = make(tie_embeddings=False)
+        first = model(torch.tensor([[0, 1, 2, 3, 4]]))
         assert not any(tensor.requires_grad for tensor in first.memory.values())
-        second = model(tokens(1, 6), memory=first.memory)
-        second.logits.sum().backward()
-        # with the same numbers as free inputs a gradient would exist: the memory is used, only detached
-        free = {k: v.clone().requires_grad_() if v.is_floating_point() else v for k, v in first.memory.items()}
-        model(tokens(1, 6), memory=free).logits.pow(2).sum().backward()
+        later = torch.tensor([[10, 11, 12]])
+        model(later, memory=first.memory).logits.pow(2).sum().backward()
+        touched = model.stem.weight.grad.abs().sum(1).nonzero().flatten().tolist()
+        assert touched == [10, 11, 12]  # the tokens of the first segment receive nothing
+        # and yet the memory counts: as free numbers it would have a gradient
+        free = {
+            k: v.clone().requires_grad_() if v.is_floating_point() else v for k, v in first.memory.items()
+        }
+        model(later, memory=free).logits.pow(2).sum().backward()
         assert free["layer_0"].grad.abs().sum() > 0
+        assert free["layer_1"].grad.abs().sum() > 0
 
     def test_memory_does_not_change_when_used(self):
         model = make()
@@ -225,14 +238,16 @@ class TestRecurrence:
             return out.logits
 
         results = [run(length) for length in (0, 4, 8, 16)]
-        for a, b in zip(results, results[1:], strict=False):
+        for a, b in itertools.pairwise(results):
             assert not torch.allclose(a, b)
 
     def test_saved_memory_gives_the_same_continuation(self, tmp_path):
-        from safetensors.torch import load_file, save_file  # noqa: PLC0415
+        from safetensors.torch import load_file, save_file
 
         model = make(memory_length=5)
-        memory = model(tokens(2, 8), segment_ids=torch.arange(8).div(3, rounding_mode="floor").expand(2, 8)).memory
+        memory = model(
+            tokens(2, 8), segment_ids=torch.arange(8).div(3, rounding_mode="floor").expand(2, 8)
+        ).memory
         save_file(memory, tmp_path / "memory.safetensors")
         # a copy, because a mapped file starts at odd addresses, where matrix products may round another way
         loaded = {name: tensor.clone() for name, tensor in load_file(tmp_path / "memory.safetensors").items()}
@@ -255,7 +270,7 @@ class TestVisibility:
             assert not torch.allclose(after[:, position:], before[:, position:])
 
     def test_depends_on_relative_positions_only(self):
-        """The same text predicts the same wherever in the segment, and however long the unseen past, it stands."""
+        """The same text predicts the same wherever it stands, however long the unseen past."""
         model = make(max_seq_len=20)
         text = tokens(1, 6)
         alone = model(text).logits
@@ -328,7 +343,9 @@ class TestOutput:
         ids, targets = tokens(2, 6), tokens(2, 6)
         targets[0, :4] = -100
         out = model(ids, targets=targets, return_token_losses=True)
-        expected = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        expected = torch.nn.functional.cross_entropy(
+            out.logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
+        )
         assert out.n_targets == 8
         assert out.token_losses.dtype == torch.float32
         torch.testing.assert_close(out.token_losses, expected.view(2, 6))
@@ -348,16 +365,15 @@ class TestOutput:
             assert parameter.grad.abs().sum() > 0, name
 
     def test_recompute_gives_the_same_gradients(self):
+        model = make(dropout=0.3).train()
         ids, targets = tokens(2, 8), tokens(2, 8)
+        memory = model(ids).memory
         gradients = []
         for recompute in (False, True):
-            model = make(dropout=0.3).train()
-            model.load_state_dict(make(dropout=0.3).state_dict() if not gradients else state)
-            state = model.state_dict()
             model.recompute = recompute
             torch.manual_seed(5)
-            model(ids, targets=targets, memory=model(ids).memory).loss.backward()
-            gradients.append([p.grad for p in model.parameters()])
+            loss = model(ids, targets=targets, memory=memory).loss
+            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
         for a, b in zip(*gradients, strict=True):
             assert torch.equal(a, b)
 
@@ -396,14 +412,18 @@ class TestOutput:
     def test_first_loss_is_that_of_a_guess(self):
         model = TransformerXL(TransformerXLConfig(vocab_size=512, d_model=64, n_layers=2, d_ff=64))
         ids = torch.randint(512, (4, 32))
-        assert model(ids, targets=torch.randint(512, (4, 32))).loss.item() == pytest.approx(math.log(512), abs=0.1)
+        assert model(ids, targets=torch.randint(512, (4, 32))).loss.item() == pytest.approx(
+            math.log(512), abs=0.1
+        )
 
     def test_errors(self):
         model = make()
         memory = model(tokens(2, 4)).memory
-        with pytest.raises(ConfigError, match=r"memory must have as many rows as token_ids \(3\); got .* 2 rows"):
+        with pytest.raises(
+            ConfigError, match=r"memory must have as many rows as token_ids \(3\); got .* 2 rows"
+        ):
             model(tokens(3, 4), memory=memory)
-        with pytest.raises(ConfigError, match="memory must hold .*layer_1.*; got filled, segment_ids"):
+        with pytest.raises(ConfigError, match=r"memory must hold .*layer_1.*; got filled, segment_ids"):
             model(tokens(2, 4), memory={k: memory[k] for k in ("filled", "segment_ids")})
         with pytest.raises(ConfigError, match="cache is for the decoder"):
             model(tokens(2, 4), cache=object())
@@ -432,7 +452,7 @@ def test_overfits_a_few_sequences():
             yield ids[:, :-1], ids[:, 1:], torch.zeros(4, 8, dtype=torch.long)
 
     # from one step to the next the memory holds the sequences themselves
-    assert train(model, batches(), 120) < 0.05
+    assert train(model, batches(), 150) < 0.1
 
 
 def test_memory_helps_on_a_periodic_text():
@@ -448,23 +468,25 @@ def test_memory_helps_on_a_periodic_text():
                 yield part[:, :-1], part[:, 1:], torch.full((8, length), document)
             document += 1
 
-    model = make(init_std=0.02, d_model=48, n_layers=2, memory_length=16, eval_memory_length=16, max_seq_len=4)
-    train(model, stream(), 900)
+    model = make(
+        init_std=0.02, d_model=48, n_layers=2, memory_length=16, eval_memory_length=16, max_seq_len=4
+    )
+    train(model, stream(), 450, lr=5e-3)
 
     @torch.no_grad()
-    def loss_in_second_period(eval_memory_length):
-        other = TransformerXL(model.config.replace(eval_memory_length=eval_memory_length))
-        other.load_state_dict(model.state_dict())
-        other.eval()
+    def loss_in_second_period(memory_length):
         torch.manual_seed(3)
         losses, memory = [], None
         for number, (ids, targets, documents) in zip(range(60), stream(), strict=False):
-            out = other(ids, targets=targets, segment_ids=documents, memory=memory)
+            out = model(
+                ids, targets=targets, segment_ids=documents, memory=memory, memory_length=memory_length
+            )
             memory = out.memory
             if number % 6 >= 3:
                 losses.append(out.loss.item())
         return sum(losses) / len(losses)
 
+    model.eval()
     none, some, full = (loss_in_second_period(length) for length in (0, 6, 16))
     assert full < 0.5 * none
     assert full < some

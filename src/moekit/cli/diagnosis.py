@@ -126,10 +126,11 @@ def _precision(remedies: list[Remedy]) -> dict[str, str]:
     """What train.precision=auto means here, for each kind of device."""
     import torch
 
-    from moekit.evaluate.machine import bf16_in_hardware, gpus
+    from moekit.evaluate.machine import gpus
+    from moekit.train.device import resolve_dtype
 
     kinds = dict.fromkeys(["cpu", *(str(gpu["device"]).split(":")[0] for gpu in gpus())])
-    return {kind: "bf16" if bf16_in_hardware(torch.device(kind)) else "float32" for kind in kinds}
+    return {kind: str(resolve_dtype("auto", torch.device(kind))).replace("torch.", "") for kind in kinds}
 
 
 def _kernels(remedies: list[Remedy]) -> dict[str, list[dict[str, Any]]]:

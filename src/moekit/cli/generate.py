@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -12,20 +13,14 @@ from moekit.cli.output import json_option, print_json, progress_to_stderr
 
 @click.command("generate")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.argument("prompt")
+@click.argument("prompt", default="")
+@click.option("--max-tokens", type=int, default=200, show_default=True, help="write at most this many")
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=200, show_default=True, help="stop after these"
+    "--temperature", type=float, default=0.8, show_default=True, help="0 always takes the best token"
 )
-@click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 takes the best"
-)
-@click.option("--top-k", type=click.IntRange(min=1), help="draw from the k most probable tokens only")
-@click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="draw from the tokens that reach p only"
-)
-@click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="the same text each time"
-)
+@click.option("--top-k", type=int, help="draw from the k most probable tokens")
+@click.option("--top-p", type=float, help="draw from the most probable tokens that reach p together")
+@click.option("--seed", type=int, default=0, show_default=True, help="the same seed gives the same text")
 @json_option
 def command(
     run: Path,
@@ -39,23 +34,38 @@ def command(
 ) -> None:
     """Continue a prompt with the model of a run.
 
-    RUN is the folder of a run; PROMPT is text, or - to read it from standard input.
+    RUN is the folder of a run; PROMPT is text, or - to read it from standard input. The text appears as it is
+    written.
 
     \b
-        moekit generate runs/quickstart/moe "def main():"
+        moekit generate runs/moe-small-1 "def read(path):"
     """
     if prompt == "-":
         prompt = sys.stdin.read()
+
+    def show(number: int, piece: str) -> None:
+        click.echo(piece, nl=False)
+
     with progress_to_stderr(as_json):
-        from moekit.generate.text import generate_text
+        from moekit.generate.text import generate
         from moekit.train.run import load_run
 
         loaded = load_run(run)
-        text = generate_text(
-            loaded.model, loaded.tokenizer, prompt, max_tokens=max_tokens, temperature=temperature,
-            top_k=top_k, top_p=top_p, seed=seed,
-        )  # fmt: skip
+        if not as_json:
+            click.echo(prompt, nl=False)
+        (answer,) = generate(
+            loaded.model,
+            loaded.tokenizer,
+            prompt,
+            max_new_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_token=None if as_json else show,
+        )
     if as_json:
-        print_json({"prompt": prompt, "text": text, "run": run, "step": loaded.step})
+        print_json({"run": run, "step": loaded.step, "prompt": prompt, **asdict(answer)})
     else:
-        click.echo(prompt + text)
+        click.echo()
+        click.echo(f"{len(answer.token_ids)} tokens, {answer.tokens_per_second:.0f} tokens/s", err=True)

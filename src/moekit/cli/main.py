@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     MOEKIT_DEBUG=1 shows the traceback of an error that is reported in one paragraph otherwise.
     """
+    warnings.formatwarning = _plain_warning
     if "_MOEKIT_COMPLETE" in os.environ:  # a shell asks for completions
         cli.main(prog_name="moekit")
     try:
@@ -89,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo(error.format_message(), err=True)
         return EXIT_USAGE
     except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        hint = f". Help: {context.command_path} --help" if context is not None else ""
+        where = getattr(error, "ctx", None)
+        hint = f". Help: {where.command_path} --help" if where is not None else ""
         return _report(f"{error.format_message().rstrip('.?')}{hint}", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
@@ -113,6 +115,11 @@ def _report(error: Exception | str, code: int) -> int:
         traceback.print_exception(error)
     click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
     return code
+
+
+def _plain_warning(message: Warning | str, category: type[Warning], *place: object) -> str:
+    """What a user reads of a warning: its text, without the line of code that gave it."""
+    return f"warning: {message}\n"
 
 
 def _silence_stdout() -> None:

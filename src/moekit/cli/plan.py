@@ -18,7 +18,7 @@ def command(config: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Parameters, memory, FLOPs and time of a run, before anything runs.
 
     CONFIG is a YAML file; KEY=VALUE changes single keys of it. Sizes and FLOPs are computed from the
-    configuration; the time comes from the speed of a few matrix products of the model's shapes, measured now.
+    configuration; activations and time come from a few passes of the model on this machine.
     """
     from moekit.config.loading import load_run_config
 

@@ -43,6 +43,9 @@ class ModelConfig(StrictConfig):
         default=False, description="accept a router that looks at later tokens although the model predicts them"
     )
     init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights")
+    embedding_scale: float = Field(
+        default=1.0, gt=0, description="factor on the embeddings where they enter (sqrt(d_model) in Gemma)"
+    )
     embedding_std: float | None = Field(
         default=None, gt=0, description="standard deviation of the initial embeddings; init_std where null"
     )

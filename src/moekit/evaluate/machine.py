@@ -13,10 +13,6 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 # our name: the flag in Linux's cpuinfo and the key of torch.cpu.get_capabilities()
 X86_FEATURES = {
@@ -148,26 +144,6 @@ def gpus() -> list[dict[str, object]]:
             {"device": "mps", "name": "Apple GPU", "memory_bytes": memory().total, "compute_capability": ""}
         )
     return found
-
-
-def default_device() -> torch.device:
-    """What `train.device: auto` means here: a GPU where torch can use one, the CPU otherwise."""
-    import torch
-
-    found = gpus()
-    return torch.device(str(found[0]["device"]) if found else "cpu")
-
-
-def bf16_in_hardware(device: torch.device) -> bool:
-    """Whether `device` has matrix products in bfloat16 in hardware, faster than those in float32."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        features = cpu_features()
-        return any(features.get(name, False) for name in ("AVX-512 bfloat16", "AMX bfloat16", "bfloat16"))
-    return False
 
 
 def _own_groups(controller: str, cgroups: Path, membership: Path) -> list[Path]:

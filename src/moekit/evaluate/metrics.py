@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,14 +53,14 @@ def evaluate_split(
     byte_lengths = tokenizer.byte_lengths()
     results = {}
     for domain in split.domains:
-        batches = list(
-            evaluation_batches(split, setting.batch_size, setting.seq_len, domain=domain, max_batches=setting.max_batches)
+        n_bytes: list[int] = []
+        batches = evaluation_batches(
+            split, setting.batch_size, setting.seq_len, domain=domain, max_batches=setting.max_batches
         )
-        if not batches:
+        total = loss_over(model, _counted(batches, byte_lengths, n_bytes), setting.device, setting.dtype)
+        if total.n_targets == 0:
             continue
-        total = loss_over(model, batches, setting.device, setting.dtype)
-        n_bytes = sum(_target_bytes(batch, byte_lengths) for batch in batches)
-        bits = total.nats / math.log(2) / n_bytes if n_bytes else float("nan")
+        bits = total.nats / math.log(2) / sum(n_bytes) if sum(n_bytes) else float("nan")
         results[domain] = DomainResult(bits, total.mean, total.n_targets, total.stats)
     return results
 
@@ -70,9 +70,12 @@ def mean_bits_per_byte(results: dict[str, DomainResult]) -> float:
     return statistics.fmean(result.bits_per_byte for result in results.values()) if results else float("nan")
 
 
-def _target_bytes(batch: Batch, byte_lengths: np.ndarray) -> int:
-    targets = batch.targets.cpu().numpy()
-    return int(byte_lengths[targets[targets >= 0]].sum())
+def _counted(batches: Iterable[Batch], byte_lengths: np.ndarray, n_bytes: list[int]) -> Iterator[Batch]:
+    """The batches one by one, noting the bytes that their targets stand for."""
+    for batch in batches:
+        targets = batch.targets.numpy()
+        n_bytes.append(int(byte_lengths[targets[targets >= 0]].sum()))
+        yield batch
 
 
 def balance_summary(results: dict[str, DomainResult]) -> dict[str, Any]:
@@ -118,9 +121,11 @@ def inference_speeds(
 ) -> dict[str, float]:
     """Median tokens per second of a forward pass with logits; the models take turns on every batch.
 
-    The first batch warms up and does not count. Turns make the ratios hold on a machine whose speed drifts.
+    The first batch warms up and does not count. Turns make the ratios hold on a machine whose speed drifts. A recurrent
+    model carries its memory from batch to batch, as it does where its quality is measured.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
+    memories: dict[str, Any] = dict.fromkeys(models)
     for batch in batches:
         batch = batch.to(device)
         for name, model in models.items():
@@ -128,9 +133,10 @@ def inference_speeds(
             with torch.inference_mode(), autocast(device, dtype):
                 _wait(device)
                 began = time.perf_counter()
-                model(batch.token_ids, segment_ids=batch.segment_ids)
+                out = model(batch.token_ids, segment_ids=batch.segment_ids, memory=memories[name])
                 _wait(device)
             times[name].append(batch.token_ids.numel() / (time.perf_counter() - began))
+            memories[name] = out.memory
     return {name: statistics.median(each[1:] or each) for name, each in times.items() if each}
 
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from moekit.config.model import ModelConfig, TransformerXLConfig
 from moekit.config.train import RunConfig
-from moekit.evaluate.machine import bf16_in_hardware, default_device, memory
+from moekit.evaluate.machine import memory
 from moekit.models.accounting import active_parameters, flops_per_token, total_parameters
 from moekit.models.build import build_model
+from moekit.train.device import autocast, resolve_device, resolve_dtype
 
 AnyConfig = ModelConfig | TransformerXLConfig
 
@@ -63,9 +64,10 @@ def plan_run(config: RunConfig, measure: bool = True) -> dict[str, Any]:
     Raises:
         ConfigError: a router or kernel that the model cannot be built with; nothing has run then.
     """
+    config = _fitted(config)
     model, train = config.model, config.train
-    device = default_device() if train.device == "auto" else torch.device(train.device)
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and bf16_in_hardware(device))
+    device = resolve_device(train.device)
+    dtype = resolve_dtype(train.precision, device)
     with torch.device("meta"):
         build_model(model)  # so that what the configuration classes cannot know is refused now
     total, active = total_parameters(model), active_parameters(model)
@@ -76,7 +78,7 @@ def plan_run(config: RunConfig, measure: bool = True) -> dict[str, Any]:
 
     needed: dict[str, int | None] = {name: size * total for name, size in _BYTES_PER_PARAMETER.items()}
     free = _free_memory(device)
-    probe = _measured(config, device, bf16, free) if measure else None
+    probe = _measured(config, device, dtype, free) if measure else None
     needed["activations"] = _activations(config, probe, micro_tokens) if probe else None
     needed["total"] = sum(size for size in needed.values() if size is not None)
     seconds_per_step = None
@@ -95,7 +97,7 @@ def plan_run(config: RunConfig, measure: bool = True) -> dict[str, Any]:
         "memory_notes": _NOTES,
         "time": {
             "device": str(device),
-            "precision": "bf16" if bf16 else "float32",
+            "precision": str(dtype).replace("torch.", ""),
             "basis": probe.basis if probe else None,
             "flops_per_second": probe.flops_per_second if probe else None,
             "seconds_per_step": seconds_per_step,
@@ -104,6 +106,16 @@ def plan_run(config: RunConfig, measure: bool = True) -> dict[str, Any]:
         },
         "warnings": _warnings(config, needed["total"] or 0, free),
     }
+
+
+def _fitted(config: RunConfig) -> RunConfig:
+    """The model as training makes it: as long as the sequences and with all tokens of the tokenizer."""
+    changes: dict[str, Any] = {}
+    if config.model.max_seq_len < config.data.seq_len:
+        changes["max_seq_len"] = config.data.seq_len
+    if config.model.vocab_size < config.data.vocab_size and config.data.tokenizer is None:
+        changes["vocab_size"] = config.data.vocab_size
+    return config.replace(model=config.model.replace(**changes))
 
 
 def _free_memory(device: torch.device) -> int:
@@ -127,11 +139,6 @@ def _warnings(config: RunConfig, needed: int, free: int) -> list[str]:
         found.append(
             f"needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: raise "
             "train.accumulation, set train.recompute=true or take a smaller model"
-        )
-    if config.data.seq_len > config.model.max_seq_len:
-        found.append(
-            f"data.seq_len ({config.data.seq_len}) is longer than model.max_seq_len "
-            f"({config.model.max_seq_len})"
         )
     if config.train.schedule.kind != "constant" and config.train.schedule.warmup_steps >= config.train.steps:
         found.append(
@@ -164,18 +171,17 @@ def probe_config(config: AnyConfig, free: int) -> AnyConfig:
     return config
 
 
-def _measured(config: RunConfig, device: torch.device, bf16: bool, free: int) -> Probe:
+def _measured(config: RunConfig, device: torch.device, dtype: torch.dtype, free: int) -> Probe:
     model_config = probe_config(config.model, free)
-    length = min(config.data.seq_len, config.model.max_seq_len)
+    length = config.data.seq_len
     most_rows = config.train.batch_size // config.train.accumulation
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         model = build_model(model_config).to(device).train()
 
         def passed(ids: Tensor, carried: Any) -> float:
             start = _now(device)
-            with autocast:
+            with autocast(device, dtype):
                 loss = _loss(model, ids, carried)
             loss.backward()
             return _now(device) - start

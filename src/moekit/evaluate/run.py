@@ -19,7 +19,7 @@ from moekit.evaluate.metrics import (
 from moekit.models.accounting import active_parameters, flops_per_token, total_parameters
 from moekit.train.device import resolve_device, resolve_dtype
 from moekit.train.memory import PeakMemory
-from moekit.train.run import LoadedRun, load_run
+from moekit.train.run import LoadedRun, load_run, require_same_data
 
 # of the training split, for the gap between training and validation: as many tokens as validation needs
 GAP_BATCHES = 12
@@ -32,9 +32,12 @@ def evaluate_run(folder: Path | str, *, max_batches: int | None = None) -> dict[
     Args:
         folder: the run.
         max_batches: at most this many batches of each domain.
+
+    Errors: `CheckpointError` where the folder is no run, holds no good checkpoint, or its data has changed since.
     """
     run = load_run(folder)
     data = prepare(run.config.data)
+    require_same_data(run.folder, data)
     setting = setting_of(run, max_batches)
     report = evaluate_model(run, data, setting)
     batches = islice(evaluation_batches(data.validation, setting.batch_size, setting.seq_len), SPEED_BATCHES)

@@ -13,7 +13,7 @@ def combine(answers: Tensor, plan: RoutingPlan, how: str = "weighted_sum") -> Te
 
     - "weighted_sum": the sum of the answers, each times its row weight.
     - "winner": the answer of the expert with the largest weight, as it is. The plan must hold winners only
-      (`plan.winners()`, so that nobody else computes). The router still learns: the weight enters as w / w.
+      (`plan.winners()`, so that nobody else computes). The router still learns, by the gradient of log(weight).
     - "vote_soft", "vote_hard": each expert answers by itself, its answer read as class logits; the result is the mean
       of the experts' class probabilities, or the share of experts that name each class (its gradient is the soft one).
     """
@@ -42,10 +42,9 @@ def _weighted_sum(answers: Tensor, row_weight: Tensor, plan: RoutingPlan) -> Ten
 
 def _combine_slots(answers: Tensor, plan: RoutingPlan) -> Tensor:
     assert plan.slots is not None
-    n_rows, length = plan.batch_shape
-    by_slot = answers.view(plan.slots.combine.shape[-1], n_rows, answers.shape[-1])
+    by_slot = answers.view(plan.slots.combine.shape[-1], plan.batch_shape[0], answers.shape[-1])
     out = torch.einsum("bsn,nbo->bso", plan.slots.combine.to(answers.dtype), by_slot)
-    return out.reshape(n_rows * length, -1)
+    return out.flatten(0, 1)
 
 
 def _straight_through_one(weight: Tensor) -> Tensor:

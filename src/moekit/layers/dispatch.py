@@ -12,7 +12,7 @@ def dispatch(tokens: Tensor, plan: RoutingPlan) -> Tensor:
     """Rows `[R, D]` sorted by expert from tokens `[T, D]`; for Soft MoE the rows are the slots."""
     if plan.slots is None:
         return tokens.index_select(0, plan.token_index)
-    n_rows, length = plan.batch_shape
-    blended = torch.einsum("bsn,bsd->nbd", plan.slots.dispatch.to(tokens.dtype), tokens.view(n_rows, length, tokens.shape[-1]))
+    by_sequence = tokens.view(*plan.batch_shape, tokens.shape[-1])
+    blended = torch.einsum("bsn,bsd->nbd", plan.slots.dispatch.to(tokens.dtype), by_sequence)
     # slots are numbered expert by expert, so slot-major order is expert order
-    return blended.reshape(-1, tokens.shape[-1])
+    return blended.flatten(0, 1)

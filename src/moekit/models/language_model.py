@@ -30,7 +30,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.stem = TokenStem(config.vocab_size, config.d_model)
+        self.stem = TokenStem(config.vocab_size, config.d_model, config.embedding_scale)
         self.backbone = Backbone(config)
         self.head = LanguageModelHead(
             config.vocab_size, config.d_model, self.stem.weight if config.tie_embeddings else None

@@ -1,7 +1,7 @@
-"""Attention with relative positions (Transformer-XL, Dai et al. 2019, section 3.3), in blocks that fit the cache.
+"""Attention with relative positions (Transformer-XL, Dai et al. 2019, section 3.3), in cache-sized blocks.
 
-Shapes: B batch, H heads, S queries (the segment), K keys (memory then segment, K = M + S), Dh width of a head.
-Query i stands at position M + i among the keys, so its distance to key j is M + i - j.
+Shapes: B batch, H heads, S queries (the segment), K keys (memory then segment, K = M + S), Dh width of a
+head. Query i stands at position M + i among the keys, so its distance to key j is M + i - j.
 
     score[i, j] = (q_i + u) . k_j  +  (q_i + v) . r[M + i - j]        r[d] = W_kR R[d], R a fixed sinusoid
 
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Scores held at once. On a CPU a block stays in the second-level cache, and small blocks are taken from the heap
-# again and again, while buffers of tens of MiB go back to the operating system and cost a page fault per 4 KiB:
-# measured at B 16, H 4, S 256, K 512 this was 115 ms against 150 ms for four layers, forward and backward.
+# Scores held at once. On a CPU a block stays in the second-level cache, and small blocks are taken from the
+# heap again and again, while buffers of tens of MiB go back to the operating system and cost a page fault per
+# 4 KiB: measured at B 16, H 4, S 256, K 512 this was 115 ms against 150 ms for four layers, forward and
+# backward.
 _BLOCK_SCORES = {"cpu": 1 << 20}
 _BLOCK_SCORES_ELSEWHERE = 1 << 27
 # Queries in a block: later keys are hidden from a block as a whole, so short blocks skip masked work.
@@ -33,8 +34,9 @@ _BLOCK_QUERIES_ELSEWHERE = 512
 def sinusoid_table(n_distances: int, d_model: int) -> Tensor:
     """The fixed encoding R of distances `n_distances - 1` down to 0, `[n_distances, d_model]` float32.
 
-    Farthest first, so that the encodings for K keys are the last rows of one table, whatever K is. Columns are the
-    sines of all frequencies and then their cosines (Vaswani et al. 2017, with the halves side by side).
+    Farthest first, so that the encodings for K keys are the last rows of one table, whatever K is. Columns
+    are the sines of all frequencies and then their cosines (Vaswani et al. 2017, with the halves side by
+    side).
 
     >>> sinusoid_table(2, 4).shape, sinusoid_table(5, 4)[-1].tolist()    # the last row is distance 0
     (torch.Size([2, 4]), [0.0, 0.0, 1.0, 1.0])
@@ -49,13 +51,14 @@ def sinusoid_table(n_distances: int, d_model: int) -> Tensor:
 def relative_shift(by_distance: Tensor) -> Tensor:
     """Scores by distance to scores by key: `[N, S, K + 1]` -> `[N, S, K]`, a view that shares memory.
 
-    Column c of the input holds distance K - c; one more distance (column 0) than any query can reach makes the
-    answer contiguous. Query i finds key j in column S - i + j, that is at i (K + 1) + S - i + j = S + i K + j of the
-    flat row-major block: dropping the first S numbers and folding the rest into rows of K is the whole shift. Keys
-    after the query (j > M + i) receive numbers of the next row; the mask must hide them.
+    Column c of the input holds distance K - c; one more distance (column 0) than any query can reach makes
+    the answer contiguous. Query i finds key j in column S - i + j, that is at i (K + 1) + S - i + j, or
+    S + i K + j, of the flat row-major block: dropping the first S numbers and folding the rest into rows of K
+    is the whole shift. Keys after the query (j > M + i) receive numbers of the next row; the mask must hide
+    them.
 
     >>> import torch
-    >>> relative_shift(torch.tensor([[[9, 2, 1, 0], [9, 2, 1, 0]]])).tolist()   # S 2, K 3: the distances themselves
+    >>> relative_shift(torch.tensor([[[9, 2, 1, 0], [9, 2, 1, 0]]])).tolist()    # S 2, K 3: the distances
     [[[1, 0, 9], [2, 1, 0]]]
     """
     n, queries, columns = by_distance.shape
@@ -63,7 +66,7 @@ def relative_shift(by_distance: Tensor) -> Tensor:
 
 
 def undo_relative_shift(by_key: Tensor) -> Tensor:
-    """The adjoint of `relative_shift`: `[N, S, K]` -> `[N, S, K + 1]`, for gradients that are 0 at masked keys."""
+    """The adjoint of `relative_shift`, `[N, S, K]` -> `[N, S, K + 1]`, for gradients 0 at masked keys."""
     n, queries, keys = by_key.shape
     flat = by_key.new_empty(n, queries * (keys + 1))
     flat[:, :queries] = 0
@@ -80,14 +83,15 @@ def relative_attention(
         content_query: `[B, S, H, Dh]`, (q + u) / sqrt(Dh).
         position_query: `[B, S, H, Dh]`, (q + v) / sqrt(Dh).
         key_value: `[B, K, 2, H, Dh]`, keys and values of memory and segment, oldest first.
-        relative_key: `[K + 1, H, Dh]`, r for the distances K down to 0 (K itself is never reached; it makes the
-            relative shift a view).
-        mask: `[B, S, K]` added to the scores: 0 where query i may see key j, -inf elsewhere. It must be -inf for
-            every later key (j > K - S + i), and each query must see a key (itself).
+        relative_key: `[K + 1, H, Dh]`, r for the distances K down to 0 (K itself is never reached; it makes
+            the relative shift a view).
+        mask: `[B, S, K]` added to the scores: 0 where query i may see key j, -inf elsewhere. It must be -inf
+            for every later key (j > K - S + i), and each query must see a key (itself).
 
-    All in one floating type. The probabilities are kept for the backward pass; a second derivative is not defined.
+    All in one floating type. The probabilities are kept for the backward pass; a second derivative is not
+    defined.
     """
-    return _RelativeAttention.apply(content_query, position_query, key_value, relative_key, mask)  # type: ignore[no-any-return]
+    return _RelativeAttention.apply(content_query, position_query, key_value, relative_key, mask)
 
 
 class _RelativeAttention(torch.autograd.Function):
@@ -95,9 +99,14 @@ class _RelativeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, content_query: Tensor, position_query: Tensor, key_value: Tensor, relative_key: Tensor, mask: Tensor
+        ctx: Any,
+        content_query: Tensor,
+        position_query: Tensor,
+        key_value: Tensor,
+        relative_key: Tensor,
+        mask: Tensor,
     ) -> Tensor:
-        n_queries, n_heads = content_query.shape[1:3]
+        n_heads = content_query.shape[2]
         n_keys = key_value.shape[1]
         relative_key = relative_key.transpose(0, 1).contiguous()  # [H, K + 1, Dh]
         out = torch.empty_like(content_query, memory_format=torch.contiguous_format)
@@ -154,7 +163,7 @@ class _RelativeAttention(torch.autograd.Function):
 
 
 def _blocks(query: Tensor, n_keys: int) -> Iterator[tuple[slice, slice, slice]]:
-    """(rows of the batch, queries, keys that the last of these queries reaches); the last queries of a row first."""
+    """(rows of the batch, queries, keys that these queries reach), the last queries of a row first."""
     batch, n_queries, n_heads = query.shape[:3]
     device = query.device.type
     step = min(n_queries, _BLOCK_QUERIES.get(device, _BLOCK_QUERIES_ELSEWHERE))

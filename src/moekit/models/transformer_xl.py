@@ -1,8 +1,8 @@
 """Transformer-XL (Dai et al. 2019, arXiv 1901.02860): segment recurrence with relative positions.
 
-Text comes in segments. Each layer attends to its own segment and to a memory: the inputs that the same layer saw in
-the segments before, kept without their gradient (section 3.2). Because a memory has no fixed absolute position,
-positions enter attention as distances (section 3.3, `moekit.models.relative_attention`).
+Text comes in segments. Each layer attends to its own segment and to a memory: the inputs that the same layer
+saw in the segments before, kept without their gradient (section 3.2). Because a memory has no fixed absolute
+position, positions enter attention as distances (section 3.3, `moekit.models.relative_attention`).
 
     h[0] = sqrt(d_model) * embedding[token]
     layer l:   memory[l] = the last `memory_length` rows of (memory[l], h[l]), detached
@@ -12,12 +12,13 @@ positions enter attention as distances (section 3.3, `moekit.models.relative_att
 
 Choices where the paper leaves room:
 - u and v are one pair for all layers: in the paper's equations they alone carry no layer index.
-- Full softmax. The paper's adaptive softmax saves time for vocabularies of 10^5 and more; at the 10^3 to 10^4 byte
-  pairs used here it saves nothing, and a comparison with the decoder needs the same output layer in both.
-- Input embeddings are scaled by sqrt(d_model), as in the paper's code: with one small matrix for input and output,
-  this lets tokens enter at a size near that of the layers' answers while the first logits stay near 0.
+- Full softmax. The paper's adaptive softmax saves time for vocabularies of 10^5 and more; at the 10^3 to 10^4
+  byte pairs used here it saves nothing, and a comparison with the decoder needs the same output in both.
+- Input embeddings are scaled by sqrt(d_model), as in the paper's code: with one matrix for input and output,
+  tokens enter at about the size of the layers' answers while the first logits stay near 0.
 - A new document starts afresh: attention never leaves the document of its query, in the segment or in memory.
-- Dropout, where asked for, falls on embeddings, attention and feed-forward outputs, not on attention probabilities.
+- Dropout, where asked for, falls on embeddings, attention and feed-forward outputs, not on attention
+  probabilities.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ Memory = dict[str, Tensor]
 class TransformerXL(nn.Module):
     """Language model with segment recurrence; called like the decoder, plus `memory`.
 
-    `output.memory` is a flat dict of detached tensors, ready for a checkpoint: `layer_0` .. `layer_{L-1}` `[B, M, D]`
-    (inputs of the layers, oldest first), `segment_ids` `[B, M]` long (the document of each) and `filled` `[B, M]`
-    bool (False at padding). M grows to `memory_length` in training and to `eval_memory_length` after `.eval()`; a
-    longer memory that is given is cut to the same length, so that both modes accept what the other returned.
+    `output.memory` is a flat dict of detached tensors, ready for a checkpoint: `layer_0` .. `layer_{L-1}`
+    `[B, M, D]` (inputs of the layers, oldest first), `segment_ids` `[B, M]` long (the document of each) and
+    `filled` `[B, M]` bool (False at padding). M grows to `memory_length` in training and to
+    `eval_memory_length` after `.eval()`; a longer memory that is given is cut to the same length, so that
+    both modes accept what the other returned.
 
     >>> import torch
-    >>> config = TransformerXLConfig(vocab_size=11, d_model=8, n_layers=2, n_heads=2, d_ff=16, memory_length=6)
+    >>> config = TransformerXLConfig(vocab_size=11, d_model=8, n_layers=2, n_heads=2, memory_length=6)
     >>> model = TransformerXL(config)
     >>> first = model(torch.randint(11, (1, 4)))
     >>> second = model(torch.randint(11, (1, 4)), memory=first.memory)
@@ -99,6 +101,7 @@ class TransformerXL(nn.Module):
         segment_ids: Tensor | None = None,
         token_mask: Tensor | None = None,
         memory: Memory | None = None,
+        memory_length: int | None = None,
         cache: Any = None,
         return_logits: bool = True,
         return_token_losses: bool = False,
@@ -107,19 +110,23 @@ class TransformerXL(nn.Module):
 
         Args:
             targets: `[B, S]` long, -100 where ignored.
-            segment_ids: `[B, S]` number of the document of each token, unique over consecutive segments; None for
-                document 0 everywhere.
-            token_mask: `[B, S]` False at padding, which no other token sees, now or from the memory. Distances
-                count padding, so a row that goes on in the next segment should be padded on the left.
+            segment_ids: `[B, S]` number of the document of each token, unique over consecutive segments; None
+                for document 0 everywhere.
+            token_mask: `[B, S]` False at padding, which no other token sees, now or from the memory.
+                Distances count padding, so pad a row that goes on in the next segment on the left.
             memory: `output.memory` of the segment before; None at the start.
+            memory_length: positions of memory to use and to keep; None for the length of the present mode.
             cache: must be None; the memory takes the place of a key/value cache.
         """
-        require(cache is None, "cache", type(cache).__name__, "is for the decoder", "Pass memory=output.memory")
-        batch, length = token_ids.shape
+        require(
+            cache is None, "cache", type(cache).__name__, "is for the decoder", "Pass memory=output.memory"
+        )
+        batch = token_ids.shape[0]
         if segment_ids is None:
             segment_ids = torch.zeros_like(token_ids)
         real = token_mask if token_mask is not None else torch.ones_like(token_ids, dtype=torch.bool)
-        memory = self._recent(memory, batch)
+        keep = self.memory_length if memory_length is None else memory_length
+        memory = self._recent(memory, batch, keep)
         mask = _attention_mask(segment_ids, real, memory, self._compute_dtype)
         distances = self._distances(mask.shape[2], token_ids.device)
 
@@ -128,15 +135,15 @@ class TransformerXL(nn.Module):
         for index, layer in enumerate(self.layers):
             name = f"layer_{index}"
             past = None if memory is None else memory[name].to(hidden.dtype)
-            kept[name] = self._keep(past, hidden)
+            kept[name] = _latest(past, hidden, keep).detach()
             arguments = (hidden, past, distances, self.content_bias, self.position_bias, mask)
             if self.recompute and self.training:
                 hidden = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 hidden = layer(*arguments)
         hidden = self.final_norm(hidden)
-        kept["segment_ids"] = self._keep(None if memory is None else memory["segment_ids"], segment_ids)
-        kept["filled"] = self._keep(None if memory is None else memory["filled"], real)
+        kept["segment_ids"] = _latest(None if memory is None else memory["segment_ids"], segment_ids, keep)
+        kept["filled"] = _latest(None if memory is None else memory["filled"], real, keep)
 
         output = LanguageModelOutput(hidden_states=hidden, memory=kept)
         if targets is not None:
@@ -152,8 +159,8 @@ class TransformerXL(nn.Module):
         device = weight.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
-    def _recent(self, memory: Memory | None, batch: int) -> Memory | None:
-        """The part of `memory` that this mode may use; None where there is none."""
+    def _recent(self, memory: Memory | None, batch: int, keep: int) -> Memory | None:
+        """The last `keep` positions of a memory that fits this model and batch; None where there are none."""
         if memory is None:
             return None
         expected = {f"layer_{i}" for i in range(len(self.layers))} | {"segment_ids", "filled"}
@@ -165,19 +172,10 @@ class TransformerXL(nn.Module):
         rows = memory["filled"].shape[0]
         require(rows == batch, "memory", f"a memory of {rows} rows",
                 f"must have as many rows as token_ids ({batch})", "Pass None to start afresh")  # fmt: skip
-        length = min(self.memory_length, memory["filled"].shape[1])
+        length = min(keep, memory["filled"].shape[1])
         if length == 0:
             return None
         return {name: tensor[:, -length:] for name, tensor in memory.items()}
-
-    def _keep(self, past: Tensor | None, present: Tensor) -> Tensor:
-        """The last `memory_length` positions of past and present together, without gradient."""
-        length = self.memory_length
-        present = present.detach()
-        from_past = min(length - present.shape[1], 0 if past is None else past.shape[1])
-        if past is not None and from_past > 0:
-            return torch.cat([past[:, -from_past:], present], dim=1)
-        return present[:, max(present.shape[1] - length, 0) :].contiguous()
 
     def _distances(self, n_keys: int, device: torch.device) -> Tensor:
         """Encodings `[n_keys + 1, D]` of the distances n_keys .. 0, from a table that is made once."""
@@ -194,7 +192,7 @@ class TransformerXL(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Attention over memory and segment, then a ReLU feed-forward block, each with residual and layer norm."""
+    """Attention over memory and segment, then a ReLU feed-forward block; residual and layer norm on each."""
 
     def __init__(self, config: TransformerXLConfig) -> None:
         super().__init__()
@@ -238,7 +236,8 @@ class _Attention(nn.Module):
         heads = (self.n_heads, self.d_head)
         query, key_value = self.qkv(hidden).split([self.width, 2 * self.width], dim=-1)
         if memory is not None:
-            # a product of its own, rather than one of the joined inputs: no gradient is computed for the memory
+            # a product of its own, rather than one of the joined inputs: no gradient is computed for the
+            # memory
             past = F.linear(memory, self.qkv.weight[self.width :])
             key_value = torch.cat([past, key_value], dim=1)
         scale = self.d_head**-0.5
@@ -250,6 +249,14 @@ class _Attention(nn.Module):
             mask,
         )
         return self.out(attended.reshape(batch, length, -1))
+
+
+def _latest(past: Tensor | None, present: Tensor, keep: int) -> Tensor:
+    """The last `keep` positions of past and present together, along dimension 1."""
+    from_past = min(keep - present.shape[1], 0 if past is None else past.shape[1])
+    if past is not None and from_past > 0:
+        return torch.cat([past[:, -from_past:], present], dim=1)
+    return present[:, max(present.shape[1] - keep, 0) :].contiguous()
 
 
 def _attention_mask(segment_ids: Tensor, real: Tensor, memory: Memory | None, dtype: torch.dtype) -> Tensor:

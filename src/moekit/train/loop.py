@@ -39,7 +39,7 @@ class Trainer:
         model: a language model of `moekit.models`; moved to the device of `config`.
         config: the training configuration.
         loader: where batches come from.
-        should_stop: asked after every micro-batch; True ends `steps()` with the state ready to be saved.
+        should_stop: asked before every micro-batch; True ends `steps()` with the state ready to be saved.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Trainer:
     def steps(self) -> Iterator[Metrics]:
         """Train until `config.steps` or until told to stop; yields the metrics of each finished step."""
         self.model.train()
-        while self.step < self.config.steps:
+        while self.step < self.config.steps and not self.should_stop():
             began, share = time.perf_counter(), 1 - self.micro / self.config.accumulation
             finished = self._one_step()
             elapsed = time.perf_counter() - began
@@ -85,8 +85,6 @@ class Trainer:
             finished["tokens_per_second"] = share * self.loader.tokens_per_batch / elapsed
             finished["seconds"] = self.seconds
             yield finished
-            if self.should_stop():
-                return
 
     def _one_step(self) -> Metrics | None:
         """The rest of the current optimizer step; None where it was interrupted between micro-batches."""
@@ -100,7 +98,7 @@ class Trainer:
         while self.micro < len(parts):
             self._micro_step(parts[self.micro], n_targets)
             self.micro += 1
-            if self.should_stop() and self.micro < len(parts):
+            if self.micro < len(parts) and self.should_stop():
                 return None
         return self._finish_step(batch)
 
@@ -201,7 +199,8 @@ class Trainer:
         Errors: `CheckpointError` where a tensor is missing, unknown or of another shape, or where the place in the
         data means nothing here (other batches, another order).
         """
-        self._require_same_layout(state)
+        has_memory = any(name.startswith("memory.") for name in tensors)
+        self._require_same_layout(state, bound=state["micro"] > 0 or has_memory)
         groups: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             group, _, rest = name.partition(".")
@@ -234,12 +233,11 @@ class Trainer:
             "train.accumulation": self.config.accumulation,
         }
 
-    def _require_same_layout(self, state: Mapping[str, Any]) -> None:
-        saved, here = state["layout"], self._layout()
-        between_steps = state["micro"] == 0 and not any(name.startswith("memory.") for name in state)
-        for key, value in saved.items():
-            free = key == "train.accumulation" and between_steps
-            if here[key] != value and not free:
+    def _require_same_layout(self, state: Mapping[str, Any], bound: bool) -> None:
+        """`bound`: the state holds gradients or memory of micro-batches, whose number may not change then."""
+        here = self._layout()
+        for key, value in state["layout"].items():
+            if here[key] != value and (bound or key != "train.accumulation"):
                 raise CheckpointError(
                     f"{key} must be {value!r} as when the checkpoint was saved; got {here[key]!r}. Its place in the data "
                     f"means nothing otherwise: resume with {key}={value}, or start a new run"

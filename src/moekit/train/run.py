@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,7 +39,7 @@ from moekit.models.accounting import active_parameters, total_parameters
 from moekit.train.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from moekit.train.loop import Metrics, Trainer, balance_metrics, load_model_tensors
 from moekit.train.terminal import TrainingView
-from moekit.train.trackers import MetricsLog, make_trackers
+from moekit.train.trackers import MetricsLog, make_trackers, read_metrics
 from moekit.train.validation import loss_over
 
 
@@ -73,11 +74,9 @@ def train_run(config: RunConfig, *, data: PreparedData | None = None, quiet: boo
     checkpoint is written before), and what data and configuration raise.
     """
     config, data = _fit_to_data(config, data, quiet)
+    run = _Run(config, data, quiet)  # before there is a folder: what is wrong in the configuration leaves none behind
     folder = _new_folder(config)
-    save_run_config(config, folder / "config.yaml")
     data.tokenizer.save(folder / "tokenizer.json")
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model)
     write_json(
         folder / "run.json",
         {
@@ -89,38 +88,47 @@ def train_run(config: RunConfig, *, data: PreparedData | None = None, quiet: boo
             "active_parameters": active_parameters(config.model),
         },
     )
-    return _Run(config, data, model, folder, quiet).go()
+    save_run_config(config, folder / "config.yaml")  # last, because it makes the folder a run
+    return run.go(folder)
 
 
 def resume_run(
     folder: Path | None = None, *, runs_dir: str | Path = "runs", overrides: tuple[str, ...] | list[str] = (),
     quiet: bool = False,
 ) -> RunResult:  # fmt: skip
-    """Go on with a run from its newest good checkpoint, or from the start where it has none.
+    """Go on with a run from its newest good checkpoint, or from the start where it has none; a finished one stays.
 
     Args:
         folder: the run; where None, the newest unfinished one in `runs_dir`.
         runs_dir: where runs lie.
-        overrides: `key=value` changes of the configuration, for example `train.steps=500`.
+        overrides: `key=value` changes of the configuration, for example `train.steps=500`; kept for later resumes.
         quiet: show nothing while training.
 
-    Errors: `CheckpointError` where there is nothing to resume or the data is no longer what the run was trained on.
+    Errors: `CheckpointError` where there is nothing to resume, an override does not fit the checkpoint, or the data is
+    no longer what the run was trained on; and those of `train_run`.
     """
     folder = _unfinished(Path(runs_dir)) if folder is None else Path(folder)
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"{folder} is no run: it has no config.yaml. Give the folder that `moekit train` printed")
     config = load_run_config(folder / "config.yaml", list(overrides))
     config, data = _fit_to_data(config, None, quiet)
+    require_same_data(folder, data)
+    run = _Run(config, data, quiet)
+    run.load_newest(folder)
+    if overrides:  # only now that they are known to fit: the run could not be resumed without them otherwise
+        save_run_config(config, folder / "config.yaml")
+    return run.go(folder)
+
+
+def require_same_data(folder: Path, data: PreparedData) -> None:
+    """Raise `CheckpointError` unless `data` is what the run in `folder` was trained on."""
     expected = json.loads((folder / "run.json").read_text())["data_fingerprint"]
     if data.fingerprint != expected:
         raise CheckpointError(
             f"the data of {folder} has changed since the run began (fingerprint {data.fingerprint[:12]}, was "
-            f"{expected[:12]}), so going on would train on documents that were held out. Restore the data, or start anew"
+            f"{expected[:12]}): tokens may mean other text, and documents held for validation may be among those "
+            "trained on. Restore the data, or start a new run"
         )
-    if overrides:
-        save_run_config(config, folder / "config.yaml")
-    torch.manual_seed(config.train.seed)
-    return _Run(config, data, build_model(config.model), folder, quiet, resume=True).go()
 
 
 def load_run(folder: Path | str, device: str = "cpu") -> LoadedRun:
@@ -135,7 +143,7 @@ def load_run(folder: Path | str, device: str = "cpu") -> LoadedRun:
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{folder} holds no complete checkpoint yet. Train it on with: moekit resume {folder}")
-    tensors, state = load_checkpoint(checkpoint)
+    tensors, state = load_checkpoint(checkpoint, verify=False)
     model = build_model(config.model)
     load_model_tensors(model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     tokenizer = load_tokenizer(folder / "tokenizer.json")
@@ -143,81 +151,98 @@ def load_run(folder: Path | str, device: str = "cpu") -> LoadedRun:
 
 
 class _Run:
-    """One stretch of training inside its folder: log, show, validate, save, stop."""
+    """One stretch of training: log, show, validate, save, stop."""
 
-    def __init__(
-        self, config: RunConfig, data: PreparedData, model: nn.Module, folder: Path, quiet: bool, resume: bool = False
-    ) -> None:
-        self.config, self.data, self.folder, self.quiet = config, data, folder, quiet
+    def __init__(self, config: RunConfig, data: PreparedData, quiet: bool) -> None:
+        self.config, self.data, self.quiet = config, data, quiet
         loader = TrainLoader(
             data.train, config.train.batch_size, config.data.seq_len, config.train.seed, config.data.order
         )
+        torch.manual_seed(config.train.seed)
         self.stop = _StopFlag()
-        self.trainer = Trainer(model, config.train, loader, self.stop)
-        self.checkpoints = folder / "checkpoints"
-        self.validation: dict[str, Any] = {}
+        self.trainer = Trainer(build_model(config.model), config.train, loader, self.stop)
+        self.validation: dict[str, Any] = {}  # the last one, empty where it was cut short
         self._saved: tuple[int, int] | None = None
-        if resume:
-            newest = latest_checkpoint(self.checkpoints)
-            if newest is not None:
-                self.trainer.load(*load_checkpoint(newest))
 
-    def go(self) -> RunResult:
-        train, trainer = self.config.train, self.trainer
+    def load_newest(self, folder: Path) -> None:
+        """Take over the newest good checkpoint, where there is one."""
+        newest = latest_checkpoint(folder / "checkpoints")
+        if newest is not None:
+            self.trainer.load(*load_checkpoint(newest, verify=False))
+            self._saved = (self.trainer.step, self.trainer.micro)
+
+    def go(self, folder: Path) -> RunResult:
+        train, trainer, result = self.config.train, self.trainer, folder / "final.json"
+        if trainer.step >= train.steps and result.exists():
+            return RunResult(folder, json.loads(result.read_text()))
+        result.unlink(missing_ok=True)  # a finished run that was given more steps is unfinished again
         with ExitStack() as stack:
             stack.enter_context(self.stop.listening())
-            log = stack.enter_context(MetricsLog(self.folder / "metrics.jsonl", resume_step=trainer.step))
-            trackers = make_trackers(train.trackers, self.folder, self.config.name, self.config.to_dict())
+            log = stack.enter_context(MetricsLog(folder / "metrics.jsonl", resume_step=trainer.step))
+            trackers = make_trackers(train.trackers, folder, folder.name, self.config.to_dict(), trainer.step)
             for tracker in trackers:
                 stack.callback(tracker.close)
-            view = None if self.quiet else stack.enter_context(TrainingView(train.steps, self.folder.name))
+            if trainer.step:
+                self._make_up_validation(log, trackers)
+            view = None if self.quiet else stack.enter_context(TrainingView(train.steps, folder.name))
             began = time.monotonic()
             first_step = trainer.step
             for metrics in trainer.steps():
                 step, last = trainer.step, trainer.step == train.steps
-                if last or (train.validate_every and step % train.validate_every == 0):
+                if self._validates_at(step):
                     self._validate(log, trackers)
                 if last or step % train.log_every == 0:
-                    log.log(step, {k: v for k, v in metrics.items() if k != "step"})
+                    values = {name: value for name, value in metrics.items() if name != "step"}
+                    log.log(step, values)
                     for tracker in trackers:
-                        tracker.log(step, {k: v for k, v in metrics.items() if isinstance(v, (int, float))})
+                        tracker.log(step, values)
                 if last or (train.checkpoint_every and step % train.checkpoint_every == 0):
-                    self._save()
+                    self._save(folder)
                 if view is not None:
                     per_step = (time.monotonic() - began) / (step - first_step)
                     self._show(view, metrics, (train.steps - step) * per_step)
-            if trainer.step < train.steps:
-                self._save()
-                raise self.stop.interrupted(self.folder)
-        if not self.validation:  # the run had been finished already
-            self._validate_only()
+            if self.stop() and (trainer.step < train.steps or not self.validation):
+                self._save(folder)
+                raise self.stop.interrupted(folder)
         final = {"step": trainer.step, "tokens": trainer.tokens, "train_seconds": trainer.seconds, **self.validation}
-        write_json(self.folder / "final.json", final)
-        return RunResult(self.folder, final)
+        write_json(result, final)
+        return RunResult(folder, final)
+
+    def _validates_at(self, step: int) -> bool:
+        train = self.config.train
+        return step >= train.steps or (train.validate_every > 0 and step % train.validate_every == 0)
 
     def _validate(self, log: MetricsLog, trackers: list[Any]) -> None:
-        self._validate_only()
-        step = self.trainer.step
-        log.log(step, {"tokens": self.trainer.tokens, "seconds": self.trainer.seconds, **self.validation}, "validation")
-        for tracker in trackers:
-            tracker.log(step, {f"validation/{k}": v for k, v in self.validation.items() if isinstance(v, (int, float))})
-
-    def _validate_only(self) -> None:
+        """Validate and log; where SIGTERM comes meanwhile, leave it: it is made up for when the run goes on."""
         train, trainer = self.config.train, self.trainer
         batches = evaluation_batches(
             self.data.validation, train.batch_size, self.config.data.seq_len, max_batches=train.validation_batches
         )
-        result = loss_over(trainer.model, batches, trainer.device, trainer.dtype)
+        result = loss_over(trainer.model, takewhile(lambda _: not self.stop(), batches), trainer.device, trainer.dtype)
+        if self.stop():
+            self.validation = {}
+            return
         self.validation = {"validation_loss": result.mean}
         if result.stats:
             self.validation |= {f"validation_{k}": v for k, v in balance_metrics(result.stats).items() if k != "load"}
+        log.log(trainer.step, {"tokens": trainer.tokens, "seconds": trainer.seconds, **self.validation}, "validation")
+        for tracker in trackers:
+            tracker.log(trainer.step, {f"validation/{name}": value for name, value in self.validation.items()})
 
-    def _save(self) -> None:
+    def _make_up_validation(self, log: MetricsLog, trackers: list[Any]) -> None:
+        """The validation of the step resumed from: read back, or done now where the run was stopped before it."""
+        done = read_metrics(log.path, "validation")
+        if done and done[-1]["step"] == self.trainer.step:
+            self.validation = {name: value for name, value in done[-1].items() if name.startswith("validation_")}
+        elif self._validates_at(self.trainer.step):
+            self._validate(log, trackers)
+
+    def _save(self, folder: Path) -> None:
         trainer = self.trainer
         if self._saved == (trainer.step, trainer.micro):
             return
         keep = self.config.train.keep_checkpoints
-        save_checkpoint(self.checkpoints, trainer.step, trainer.tensors(), trainer.state(), keep, trainer.micro)
+        save_checkpoint(folder / "checkpoints", trainer.step, trainer.tensors(), trainer.state(), keep, trainer.micro)
         self._saved = (trainer.step, trainer.micro)
 
     def _show(self, view: TrainingView, metrics: Metrics, eta_seconds: float) -> None:

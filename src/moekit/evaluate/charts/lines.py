@@ -13,7 +13,7 @@ from moekit.evaluate.charts.theme import DASHES, SERIES, shorten, text_width
 
 Values = Sequence[float | None]
 _MAX_HOVER_BANDS = 80
-_SMALLEST_PLOT = 120.0
+_SMALLEST_PLOT = 90.0
 
 
 @dataclass(frozen=True)

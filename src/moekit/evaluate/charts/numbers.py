@@ -59,11 +59,11 @@ def format_duration(seconds: float | None) -> str:
         return MINUS + format_duration(-seconds)
     if 0 < seconds < 1:
         return f"{_significant(seconds * 1e3)} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{_significant(seconds)} s"
     for small, small_name, large, large_name in ((1, "s", 60, "min"), (60, "min", 3600, "h")):
-        if seconds < large * (60 if large == 60 else 24):
-            whole = round(seconds / small)
+        whole = round(seconds / small)
+        if whole * small < large * (60 if large == 60 else 24):
             first, rest = divmod(whole, large // small)
             return f"{first} {large_name}" + (f" {rest} {small_name}" if rest else "")
     days, hours = divmod(round(seconds / 3600), 24)

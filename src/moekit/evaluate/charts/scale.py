@@ -67,7 +67,7 @@ def make_scale(
         grow = (high / low) ** padding
         return Scale(low if fixed_low else low / grow, high if fixed_high else high * grow, start, end, True)
     if not high - low > 1e-12 * max(abs(low), abs(high), 1e-300):
-        room = abs(low) * 0.1 or 0.5
+        room = abs(low) * 0.1 if abs(low) > 1e-200 else 0.5
         low, high = low - room, low + room
         return Scale(low, high, start, end)
     room = (high - low) * padding
@@ -95,7 +95,7 @@ def ticks(scale: Scale, wanted: int = 5) -> list[float]:
     step = min((factor * power for factor in (1, 2, 2.5, 5, 10)), key=lambda size: abs(span / size - wanted))
     first = math.ceil(scale.low / step - 1e-9)
     last = math.floor(scale.high / step + 1e-9)
-    return [round(index * step, 12) + 0.0 for index in range(first, last + 1)]
+    return [_plain(index * step) for index in range(first, last + 1)]
 
 
 def tick_format(values: list[float], log: bool = False) -> Format:
@@ -123,10 +123,14 @@ def _log_ticks(scale: Scale, wanted: int) -> list[float]:
         stride = math.ceil(len(decades) / max(1, wanted))
         return decades[::stride]
     for factors in ((1, 3), (1, 2, 5), tuple(range(1, 10))):
-        found = [
-            f * 10.0**power for power in range(first, last + 1) for f in factors if inside(f * 10.0**power)
-        ]
+        candidates = [_plain(f * 10.0**power) for power in range(first, last + 1) for f in factors]
+        found = [value for value in candidates if inside(value)]
         if len(found) >= 3:
             return found
     linear = Scale(scale.low, scale.high, scale.start, scale.end)
     return [value for value in ticks(linear, wanted) if value > 0]
+
+
+def _plain(value: float) -> float:
+    """Without the last digits of binary arithmetic: 0.30000000000000004 becomes 0.3, -0.0 becomes 0.0."""
+    return float(f"{value:.12g}") + 0.0

@@ -84,13 +84,15 @@ class BaseRouter(LearnedRouter):
         """`[n, K]` experts of the tokens that count, from their affinities `[n, E]`."""
         if self.options.method == "sinkhorn" or affinity.shape[0] == 0:
             return sinkhorn(affinity, self.options.iterations).topk(self.top_k, dim=-1).indices
-        spread = float(affinity.max() - affinity.min())
-        left, choices = affinity, []
+        spread = max(float(affinity.max() - affinity.min()), 1e-6)
+        visited = torch.zeros_like(affinity, dtype=torch.bool)
         for _ in range(self.top_k):
-            choices.append(auction(left))
-            # no token meets the same expert twice
-            left = left.scatter(1, choices[-1][:, None], float(affinity.min()) - 10.0 * (spread + 1.0))
-        return torch.stack(choices, dim=1)
+            # so low that a token meets an expert again only where the balance leaves no other way; it then
+            # goes to its best new one
+            choice = auction(affinity.masked_fill(visited, float(affinity.min()) - 4.0 * spread), spread / 200)[:, None]
+            best_new = affinity.masked_fill(visited, -torch.inf).argmax(dim=-1, keepdim=True)
+            visited.scatter_(1, torch.where(visited.gather(1, choice), best_new, choice), True)
+        return visited.nonzero()[:, 1].view(-1, self.top_k)
 
 
 def sinkhorn(affinity: Tensor, iterations: int) -> Tensor:

@@ -60,8 +60,8 @@ class Rule(StrictConfig):
 class RuleRouter(LearnedRouter):
     """Rules over the input decide or bias the choice of a learned softmax top-k router.
 
-    `function(token_ids [B, S], n_experts) -> scores [B, S, E]`, or `rules` with keywords, give a score per token and
-    expert. With mode "decide", a token with any positive score goes to its best-scored experts (at most `top_k`) and
+    `function(token_ids [B, S], n_experts) -> scores [B, S, E]` (padding has id -1), or `rules` with keywords, give a
+    score per token and expert. With mode "decide", a token with any positive score goes to its best-scored experts (at most `top_k`) and
     all others are routed as learned; with "bias", `strength` times the score is added to the logits.
 
     Keywords hold for the keyword alone ("token"), from it to the end of its document ("onward"), or for the whole
@@ -122,7 +122,7 @@ class RuleRouter(LearnedRouter):
         assert context.token_ids is not None
         ids = context.token_ids.view(context.batch_shape)
         segments = torch.zeros_like(ids) if context.segment_ids is None else context.segment_ids.view_as(ids)
-        # padding holds no keyword
+        # padding holds no keyword, and a function can tell it apart
         text = ids if context.token_mask is None else ids.masked_fill(~context.token_mask.view_as(ids), -1)
         scores = torch.zeros(*ids.shape, self.n_experts, device=ids.device)
         for rule in self.options.rules:
@@ -131,7 +131,7 @@ class RuleRouter(LearnedRouter):
                 hit |= _find(text, segments, keyword)
             scores[..., rule.expert] += _spread(hit, segments, self.options.scope)
         if self.function is not None:
-            answer = self.function(ids, self.n_experts)
+            answer = self.function(text, self.n_experts)
             require(tuple(answer.shape) == tuple(scores.shape), "router(rule).function", tuple(answer.shape),
                     f"must return scores of shape {tuple(scores.shape)} (batch, sequence, experts)")  # fmt: skip
             scores = scores + answer

@@ -1,0 +1,141 @@
+"""Write docs/reference from the code: the command line and every configuration key.
+
+    python docs/generate_reference.py            # write
+    python docs/generate_reference.py --check    # only compare; exit code 1 where a page is out of date
+
+What stands in a page before the marker `<!-- generated -->` is written by hand and stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+
+from moekit.cli.main import VERBS
+from moekit.config.explain import all_keys, describe_key
+from moekit.layers.routing import ROUTERS
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKER = "<!-- generated -->\n"
+
+
+def command_line() -> str:
+    """Markdown of every verb: usage, what it does, its options."""
+    return "\n".join(line for name in VERBS for line in _command([name], _verb(name)))
+
+
+def _verb(name: str) -> click.Command:
+    command: click.Command = importlib.import_module(f"moekit.cli.{name}").command
+    return command
+
+
+def _command(words: list[str], command: click.Command) -> Iterator[str]:
+    arguments = [parameter for parameter in command.params if isinstance(parameter, click.Argument)]
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    usage = " ".join(["moekit", *words, *(_argument(argument) for argument in arguments)])
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            yield from _command([*words, name], inner)
+        return
+    yield from ["", f"## moekit {' '.join(words)}", "", "```text", usage, "```", ""]
+    text, *examples = inspect.cleandoc(command.help or "").split("\n\n\b\n")
+    yield text
+    for example in examples:
+        body = [line[4:] if line.startswith("    ") else line for line in example.splitlines()]
+        yield from ["", "```console", *(f"$ {line}" for line in body if line), "```"]
+    if options:
+        yield from ["", "| option | default | meaning |", "|---|---|---|"]
+        yield from (_option(option) for option in options)
+
+
+def _argument(argument: click.Argument) -> str:
+    name = argument.metavar or (argument.name or "").upper()
+    return name if argument.required or name.startswith("[") else f"[{name}]"
+
+
+def _option(option: click.Option) -> str:
+    names = "`, `".join([*option.opts, *option.secondary_opts])
+    default = f"`{option.default}`" if option.show_default else ""
+    return f"| `{names}` | {default} | {option.help} |"
+
+
+def configuration() -> str:
+    """Markdown of every key, a table for each group, and of the options of every router."""
+    lines: list[str] = []
+    groups = [""] + [key for key in all_keys() if describe_key(key)[0].children]
+    for group in groups:
+        if group == "model.moe.router":
+            lines += _routers()
+            continue
+        title = f"`{group}`" if group else "the run"
+        lines += ["", f"## {title}", ""]
+        description = " ".join(
+            dict.fromkeys(info.description for info in describe_key(group) if info.description)
+        )
+        lines += [description, ""] if description else []
+        lines += ["| key | type | default | allowed | meaning |", "|---|---|---|---|---|"]
+        for name in describe_key(group)[0].children:
+            for info in describe_key(f"{group}.{name}" if group else name):
+                lines.append(_key(name, info.kind, info.type, info.default, info.allowed, info.description))
+    return "\n".join(lines)
+
+
+def _key(name: str, kind: str, type: str, default: str | None, allowed: str, description: str) -> str:
+    of_kind = f" ({kind})" if kind else ""
+    shown = f"`{default}`" if default is not None else ""
+    return f"| `{name}`{of_kind} | {type} | {shown} | {allowed} | {description} |".replace("| |", "|  |")
+
+
+def _routers() -> list[str]:
+    lines = ["", "## `model.moe.router`", "", "A name alone, `router: sigmoid`, or a name and its options,"]
+    lines += ["`router: {name: softmax, normalize: before}`.", ""]
+    lines += ["| router | option | type | default | allowed | meaning |", "|---|---|---|---|---|---|"]
+    for name, router in sorted(ROUTERS.items()):
+        if not router.__module__.startswith("moekit."):
+            continue  # a user's own, registered in this process
+        summary = " ".join((router.__doc__ or "").strip().split("\n\n")[0].split())
+        lines.append(f"| `{name}` | | | | | {summary} |")
+        for option in router.Options.model_fields:
+            (info,) = describe_key(option, router.Options)
+            shown = f"`{info.default}`" if info.default is not None else ""
+            lines.append(f"| | `{option}` | {info.type} | {shown} | {info.allowed} | {info.description} |")
+    return lines
+
+
+PAGES: dict[str, Callable[[], str]] = {"cli.md": command_line, "configuration.md": configuration}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write or check the pages; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail where a page is out of date"
+    )
+    options = parser.parse_args(arguments)
+    stale = []
+    for name, generate in PAGES.items():
+        page = ROOT / "docs" / "reference" / name
+        old = page.read_text(encoding="utf-8")
+        by_hand, marker, _ = old.partition(MARKER)
+        if not marker:
+            print(f"error: {page} has no line {MARKER.strip()}", file=sys.stderr)
+            return 1
+        new = f"{by_hand}{MARKER}{generate()}\n"
+        if new != old:
+            stale.append(name)
+            if not options.check:
+                page.write_text(new, encoding="utf-8")
+    for name in stale:
+        how = "out of date; run python docs/generate_reference.py" if options.check else "written"
+        print(f"docs/reference/{name}: {how}")
+    return 1 if stale and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
