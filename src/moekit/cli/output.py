@@ -106,7 +106,7 @@ def duration(seconds: float) -> str:
     """Seconds as people say them.
 
     >>> duration(42.4), duration(185), duration(7300), duration(200_000)
-    ('42 s', '3 min 5 s', '2 h 2 min', '2 d 8 h')
+    ('42 s', '3 min 5 s', '2 h 1 min', '2 d 7 h')
     """
     if seconds < 10:
         return f"{seconds:.1f} s"

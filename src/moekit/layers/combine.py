@@ -26,7 +26,7 @@ def combine(answers: Tensor, plan: RoutingPlan, how: str = "weighted_sum") -> Te
     votes = answers.float().softmax(dim=-1)
     if how == "vote_hard":
         hard = torch.zeros_like(votes).scatter_(-1, votes.argmax(dim=-1, keepdim=True), 1.0)
-        votes = hard + votes - votes.detach()
+        votes = hard + (votes - votes.detach())  # in this order the value is exact
     n_votes = torch.zeros(plan.n_tokens, device=votes.device).index_add_(
         0, plan.token_index, torch.ones_like(plan.token_index, dtype=torch.float32)
     )

@@ -108,8 +108,8 @@ class MoE(nn.Module):
             segment_ids: `[...]` document of each token.
             earlier_counts: `[E]`, see `RoutingContext`.
         """
-        tokens = hidden_states.reshape(-1, self.d_model)  # [T, D]
         context = self._context(hidden_states, token_ids, token_mask, segment_ids, earlier_counts)
+        tokens = hidden_states.reshape(-1, self.d_model)  # [T, D]
 
         plan = self._adjusted(self.router(tokens, context))
         losses = balance_losses(plan, context, self.config.balance)  # of what was asked for, before any drop

@@ -48,9 +48,8 @@ def write_file(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
                 n_bytes += len(chunk)
                 while len(chunk):  # a write may take only a part, on a disk that is nearly full for one
                     chunk = chunk[os.write(file, chunk) :]
-            part = chunk = memoryview(
-                b""
-            )  # the next part may be a copy of a tensor: let go of this one before
+            # the next part may be a copy of a tensor: let go of this one before
+            part = chunk = memoryview(b"")
         os.fsync(file)
     finally:
         os.close(file)
@@ -110,14 +109,8 @@ def tensor_parts(tensors: Mapping[str, Tensor]) -> tuple[int, Iterator[memoryvie
                 f"{tensor.dtype}, on {tensor.device}. It must be a dense torch.Tensor of one of the types "
                 f"{', '.join(map(str, _DTYPES))}, and not be named '__metadata__'"
             )
-        memory = (
-            tensor.device,
-            tensor.data_ptr(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-            tensor.is_neg(),
-        )
+        layout = tensor.shape, tensor.stride(), tensor.dtype, tensor.is_neg()
+        memory = tensor.device, tensor.data_ptr(), layout
         if tensor.numel() and names.setdefault(memory, name) != name:
             aliases[name] = names[memory]
         else:

@@ -71,8 +71,7 @@ class TrainingView:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.refresh()
-            self._live.stop()
+            self._live.stop()  # draws the last state
             self._live = None
         elif self._values:
             self._print()

@@ -1,0 +1,110 @@
+"""Every example runs: Python and commands of the pages, configurations, doctests of the modules."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import pkgutil
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+import moekit
+from moekit.cli.main import VERBS, cli
+from moekit.config.loading import load_run_config
+from moekit.evaluate.plan import plan_run
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for found, body in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_python_of_a_page_runs_from_top_to_bottom(page, capsys):
+    names: dict[str, object] = {"__name__": "page"}
+    for number, body in enumerate(blocks(page, "python"), 1):
+        exec(compile(body, f"{name_of(page)} block {number}", "exec"), names)
+
+
+def commands() -> list[tuple[str, str]]:
+    lines = [(page, line) for page in PAGES for body in blocks(page, "console") for line in body.splitlines()]
+    return [
+        (name_of(page), part.strip())
+        for page, line in lines
+        if line.startswith("$ ")
+        for part in line[2:].split(" && ")
+        if part.strip().startswith("moekit ")
+    ]
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_moekit_commands_of_the_pages_parse(page, command):
+    words = shlex.split(command, comments=True)[1:]
+    verb: click.Command = importlib.import_module(f"moekit.cli.{words.pop(0)}").command
+    while isinstance(verb, click.Group):
+        inner = verb.commands.get(words.pop(0))
+        assert inner is not None
+        verb = inner
+    # with the settings of the real one: click keeps the first help option that a command is asked for
+    parent = click.Context(cli, **cli.context_settings)
+    context = verb.make_context("moekit", list(words), parent=parent)
+    for word in words:
+        if word.startswith("examples/"):
+            assert (ROOT / word).is_file(), f"{page}: {word} does not exist"
+        elif re.match(r"[\w.]+=", word):
+            load_run_config(None, ["model.moe={}", word])
+    if verb.name == "explain":
+        from moekit.config.explain import explain_key
+
+        assert context.params["key"] == "KEY" or explain_key(context.params["key"])
+
+
+def test_the_pages_show_every_verb():
+    shown = {command.split()[1] for _, command in commands()}
+    assert shown >= set(VERBS)
+
+
+def test_the_two_commands_of_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "pip install . && moekit quickstart" in text
+    assert "pip install '.[test]' && pytest" in text
+
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_configurations_build(path):
+    config = load_run_config(path)
+    assert config.name == path.stem
+    assert plan_run(config, measure=False)["warnings"] == []
+
+
+def test_the_example_decoders_have_equal_active_parameters():
+    dense, sparse = (load_run_config(ROOT / "examples" / f"{name}-small.yaml") for name in ("dense", "moe"))
+    active = [plan_run(config, measure=False)["parameters"]["active"] for config in (dense, sparse)]
+    assert active[1] == pytest.approx(active[0], rel=0.02)
+
+
+def modules() -> list[str]:
+    names = [info.name for info in pkgutil.walk_packages(moekit.__path__, "moekit.")]
+    return [name for name in names if name != "moekit.__main__"]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_doctests(name):
+    module = importlib.import_module(name)
+    failed, _ = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    assert failed == 0
