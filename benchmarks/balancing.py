@@ -39,7 +39,7 @@ def main() -> None:
     for name in args.ways:
         results: list[dict[str, Any]] = []
         for seed in range(args.seeds):
-            run = model_run(base, "moe", recipe["lr"])
+            run = model_run(base, "moe", recipe)
             moe = run.model.moe.replace(balance=BalanceConfig(**WAYS[name]), router={"name": args.router})
             train = run.train.replace(seed=seed, validate_every=0)
             results.append(train_and_evaluate(run.replace(model=run.model.replace(moe=moe), train=train), data))

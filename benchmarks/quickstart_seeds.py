@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 from common import RESULTS, mean_and_deviation, write_result
 
@@ -21,7 +23,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart-seeds"))
     args = parser.parse_args()
-    reports = [run_quickstart(out=args.out / f"seed-{seed}", seed=seed, quiet=True) for seed in range(args.seeds)]
+    reports = [_report(args.out / f"seed-{seed}", seed) for seed in range(args.seeds)]
     first = reports[0]
     domains = first["corpus"]["domains"]
     rows = []
@@ -54,6 +56,13 @@ def main() -> None:
     )
     (RESULTS.parent / "images").mkdir(exist_ok=True)
     (RESULTS.parent / "images" / "quickstart.svg").write_text(summary_figure(first), "utf-8")
+
+
+def _report(out: Path, seed: int) -> dict[str, Any]:
+    """The report of a seed; one that lies there already, from an interrupted benchmark, is taken as it is."""
+    if (out / "report.json").exists():
+        return json.loads((out / "report.json").read_text("utf-8"))
+    return run_quickstart(out=out, seed=seed, quiet=True)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ def main() -> None:
     base = base_config(recipe, Path("runs/steps-to-dense"), seed=args.seed)
     data = prepare(base.data)
     quiet = {"validate_every": 0}
-    dense_run = model_run(base, "dense", recipe["lr"])
+    dense_run = model_run(base, "dense", recipe)
     dense = train_and_evaluate(dense_run.replace(train=dense_run.train.replace(**quiet)), data)
     rows = [["dense twin", str(dense["steps"]), f"{dense['loss']:.4f}", f"{dense['seconds']:.0f}", "1.00", "1.00"]]
     for share in args.shares:
-        run = model_run(base, "moe", recipe["lr"])
+        run = model_run(base, "moe", recipe)
         train = run.train.replace(steps=round(share * base.train.steps), **quiet)
         moe = train_and_evaluate(run.replace(train=train), data)
         reached = "" if moe["loss"] <= dense["loss"] else " (not reached)"

@@ -16,6 +16,19 @@ def test_a_value_tells_type_default_range_and_meaning():
     assert "learning rate" in info.description
 
 
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("train.optimizer.lr", "greater than 0"),
+        ("train.steps", "at least 1"),
+        ("data.validation_share", "greater than 0, less than 0.5"),
+        ("train.schedule.decay_share", "greater than 0, at most 1"),
+    ],
+)
+def test_ranges_say_whether_their_ends_belong_to_them(key, allowed):
+    assert describe_key(key)[0].allowed == allowed
+
+
 def test_a_key_of_two_kinds_of_model_is_told_apart():
     text = explain_key("model.d_ff")
     assert "model.d_ff  (kind: decoder)" in text

@@ -1,4 +1,4 @@
-"""The tables of the contract suite: every router, kind of expert and combine, and a slow layer to compare with."""
+"""The tables of the contract suite: routers, experts and combines, and a slow layer to compare with."""
 
 from __future__ import annotations
 
@@ -144,10 +144,17 @@ def build(
     `options` and `fields` go over those of the tables.
     """
     case = ROUTERS[router]
-    fields = {"combine": combine, "top_k": TOP_K, "n_experts": N_EXPERTS} | EXPERTS[experts] | case.fields | fields
+    fields = (
+        {"combine": combine, "top_k": TOP_K, "n_experts": N_EXPERTS} | EXPERTS[experts] | case.fields | fields
+    )
     if callable(fields.get("experts")):
         fields["experts"] = fields["experts"]()
-    layer = MoE(D_MODEL, d_expert=D_EXPERT, router={"name": case.name, "options": case.options | (options or {})}, **fields)
+    layer = MoE(
+        D_MODEL,
+        d_expert=D_EXPERT,
+        router={"name": case.name, "options": case.options | (options or {})},
+        **fields,
+    )
     with torch.no_grad():
         for parameter in layer.router.parameters():
             if parameter.dim() == 2:
@@ -176,7 +183,9 @@ def naive_layer(layer: MoE, tokens: Tensor, plan: RoutingPlan) -> Tensor:
         mixed = torch.stack([_naive_token(layer, x[t], rows[t]) for t in range(plan.n_tokens)])
     if layer.shared is not None:
         mlp = layer.shared.mlp
-        hidden = x @ mlp.w_in.weight.double().t() + (mlp.w_in.bias.double() if mlp.w_in.bias is not None else 0)
+        hidden = x @ mlp.w_in.weight.double().t() + (
+            mlp.w_in.bias.double() if mlp.w_in.bias is not None else 0
+        )
         shared = _activate(hidden, mlp.activation) @ mlp.w_out.weight.double().t()
         shared = shared + (mlp.w_out.bias.double() if mlp.w_out.bias is not None else 0)
         if layer.shared.gate is not None:
@@ -217,9 +226,7 @@ def _naive_slots(layer: MoE, x: Tensor, plan: RoutingPlan) -> Tensor:
     out = torch.zeros(batch, length, D_MODEL, dtype=torch.float64)
     for b in range(batch):
         for slot in range(plan.slots.dispatch.shape[-1]):
-            blend = sum(
-                plan.slots.dispatch[b, s, slot].double() * x[b * length + s] for s in range(length)
-            )
+            blend = sum(plan.slots.dispatch[b, s, slot].double() * x[b * length + s] for s in range(length))
             answer = _naive_expert(layer, slot // per_expert, blend)
             for s in range(length):
                 out[b, s] += plan.slots.combine[b, s, slot].double() * answer
@@ -227,7 +234,7 @@ def _naive_slots(layer: MoE, x: Tensor, plan: RoutingPlan) -> Tensor:
 
 
 def _naive_expert(layer: MoE, index: int, x: Tensor) -> Tensor:
-    """One expert on one token `[D]` in float64; null experts stand behind the real ones: constant, copy, zero."""
+    """One expert on one token `[D]` in float64; null experts come last: constant, copy, zero."""
     experts: Any = layer.experts
     nulls = None
     if layer.config.null_experts.total:

@@ -11,7 +11,7 @@ import torch
 from moe_cases import COMBINES, D_MODEL, EXPERTS, N_EXPERTS, ROUTERS, build, inputs, is_refused, naive_layer
 from torch import Tensor
 
-from moekit import MoE, MoEConfig, MoEOutput, ModelConfig, build_model
+from moekit import ModelConfig, MoE, MoEConfig, MoEOutput, build_model
 from moekit.config.errors import ConfigError
 from moekit.config.moe import Activation, Combine, NullExpertsConfig
 from moekit.layers.routing import ROUTERS as REGISTERED
@@ -53,9 +53,11 @@ def check_plan(out: MoEOutput, n_tokens: int) -> None:
 
 
 @pytest.mark.parametrize(("router", "experts", "combine"), ALL)
-def test_answer_is_that_of_a_double_loop_over_tokens_and_experts(router: str, experts: str, combine: str) -> None:
+def test_answer_is_that_of_a_double_loop_over_tokens_and_experts(
+    router: str, experts: str, combine: str
+) -> None:
     if is_refused(router, experts, combine):
-        with pytest.raises(ConfigError, match="combine must be weighted_sum|combine needs plain experts"):
+        with pytest.raises(ConfigError, match=r"combine must be weighted_sum|combine needs plain experts"):
             build(router, experts, combine)
         return
     layer = build(router, experts, combine)
@@ -91,7 +93,9 @@ def test_gradient_reaches_those_who_worked(router: str, experts: str, combine: s
             touched = parameter.grad.flatten(1).any(dim=1).tolist()
             assert touched == [count > 0 for count in counts[:N_EXPERTS]]
     if experts == "all-paths":
-        assert groups[1].vectors.grad.any(dim=1).tolist() == [count > 0 for count in counts[N_EXPERTS : N_EXPERTS + 2]]
+        assert groups[1].vectors.grad.any(dim=1).tolist() == [
+            count > 0 for count in counts[N_EXPERTS : N_EXPERTS + 2]
+        ]
         assert layer.shared.gate.weight.grad.any()
         assert layer.linear.weight.grad.any()
     if isinstance(layer.router, LearnedRouter):
@@ -106,7 +110,8 @@ def test_gradient_reaches_those_who_worked(router: str, experts: str, combine: s
 # a noisy router draws one number per position, so more positions are other draws: see the test after this one
 @pytest.mark.parametrize(
     ("router", "training"),
-    [(r, False) for r in ROUTERS if r != "random"] + [(r, True) for r, case in ROUTERS.items() if not case.noisy],
+    [(r, False) for r in ROUTERS if r != "random"]
+    + [(r, True) for r, case in ROUTERS.items() if not case.noisy],
 )
 def test_padding_changes_nothing_for_the_others(router: str, training: bool) -> None:
     layer = build(router, n_shared_experts=1, balance={"importance": 1.0}).train(training)
@@ -118,7 +123,9 @@ def test_padding_changes_nothing_for_the_others(router: str, training: bool) -> 
     for name, value in short.items():
         long[name][real] = value.flatten(0, 1)
     alone, padded = layer(**short), layer(**long, token_mask=real)
-    torch.testing.assert_close(padded.hidden_states[real], alone.hidden_states.flatten(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        padded.hidden_states[real], alone.hidden_states.flatten(0, 1), rtol=1e-4, atol=1e-5
+    )
     assert padded.routing.tokens_per_expert.tolist() == alone.routing.tokens_per_expert.tolist()
     ours, theirs = (RoutingStats.from_plan(out.routing) for out in (padded, alone))
     assert ours.requested_per_expert.tolist() == theirs.requested_per_expert.tolist()
@@ -132,7 +139,9 @@ def test_content_of_padding_is_never_read(router: str) -> None:
     layer = build(router)
     real = torch.tensor([[True, True, True, False], [True, True, True, True], [False, False, False, False]])
     first, second = inputs(3, 4), inputs(3, 4)
-    second["hidden_states"] = torch.where(real[..., None], first["hidden_states"], 50 * second["hidden_states"])
+    second["hidden_states"] = torch.where(
+        real[..., None], first["hidden_states"], 50 * second["hidden_states"]
+    )
     second["token_ids"] = torch.where(real, first["token_ids"], torch.tensor(3))
     outs = []
     for call in (first, second):
@@ -230,7 +239,9 @@ def test_same_seed_same_bits(router: str, training: bool) -> None:
         layer.zero_grad()
         out = layer(**call)
         (out.hidden_states.square().sum() + sum(out.aux_losses.values())).backward()
-        results.append([out.hidden_states.detach(), *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+        results.append(
+            [out.hidden_states.detach(), *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     if training and ROUTERS[router].noisy:
         seen = set()
@@ -290,7 +301,8 @@ def change_after(call: dict[str, Tensor], position: int) -> dict[str, Tensor]:
     """The same call with other tokens from `position` on."""
     other = inputs(*call["token_ids"].shape)
     return {
-        name: torch.cat([value[:, :position], other[name][:, position:]], dim=1) for name, value in call.items()
+        name: torch.cat([value[:, :position], other[name][:, position:]], dim=1)
+        for name, value in call.items()
     }
 
 

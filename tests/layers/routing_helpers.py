@@ -33,13 +33,17 @@ def choices(plan: RoutingPlan) -> list[dict[int, float]]:
     """For each token, the experts it visits and their weights."""
     found: list[dict[int, float]] = [{} for _ in range(plan.n_tokens)]
     expert_of_row = [e for e, n in enumerate(plan.tokens_per_expert.tolist()) for _ in range(n)]
-    for token, expert, weight in zip(plan.token_index.tolist(), expert_of_row, plan.row_weight.tolist(), strict=True):
+    for token, expert, weight in zip(
+        plan.token_index.tolist(), expert_of_row, plan.row_weight.tolist(), strict=True
+    ):
         assert expert not in found[token], "a token visits an expert twice"
         found[token][expert] = weight
     return found
 
 
-def random_logits(name: str, n_tokens: int, n_experts: int, options: dict[str, Any] | None = None, **fields: Any):  # noqa: ANN201
+def random_logits(
+    name: str, n_tokens: int, n_experts: int, options: dict[str, Any] | None = None, **fields: Any
+):
     """A router, tokens `[T, D]` and the router's own logits `[T, E]` for them in float64."""
     router = router_of(name, options, d_model=6, n_experts=n_experts, **fields)
     with torch.no_grad():

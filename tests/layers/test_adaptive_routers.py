@@ -25,7 +25,9 @@ ONE = torch.ones(1, 1)
 )
 def test_top_p_by_hand(p: float, top_k: int, expected: dict[int, float]) -> None:
     options = {"p": p, "entropy_coefficient": 0.5}
-    router = with_logits(router_of("top_p", options, n_experts=3, top_k=top_k), [math.log(x) for x in (5, 3, 2)])
+    router = with_logits(
+        router_of("top_p", options, n_experts=3, top_k=top_k), [math.log(x) for x in (5, 3, 2)]
+    )
     plan = ask(router, ONE)
     assert choices(plan) == [pytest.approx(expected)]
     entropy = -sum(x * math.log(x) for x in (0.5, 0.3, 0.2))
@@ -60,8 +62,8 @@ def test_threshold_takes_what_is_positive_with_its_relu_as_weight() -> None:
     plan = ask(router, ONE)
     assert choices(plan) == [{0: 1.5, 2: 0.5}]
     assert plan.router_probs[0].tolist() == [0.75, 0.0, 0.25, 0.0]
-    # tokens 1 and -1: 0, 2 on one side and 1 on the other; the loads 1, 1, 1, 0 are 4/3, 4/3, 4/3, 0 of their mean;
-    # the L1 norms (1.5 + 0.5) * 4/3 and 1 * 4/3 have mean 2, times the coefficient
+    # token 1 visits experts 0 and 2, token -1 expert 1; the loads 1, 1, 1, 0 are 4/3, 4/3, 4/3, 0 of their
+    # mean; the L1 norms (1.5 + 0.5) * 4/3 and 1 * 4/3 have mean 2, times the coefficient
     plan = ask(router, torch.tensor([[1.0], [-1.0]]))
     assert plan.losses["router_l1"].item() == pytest.approx(1e-8 * 2.0)
     biased = with_logits(router_of("threshold", {"initial_bias": 0.75}, n_experts=4), [1.5, -1.0, 0.5, -0.5])
@@ -81,7 +83,9 @@ def test_threshold_coefficient_rule() -> None:
 
     def step(n_choices: int, n_tokens: int) -> float:
         counts = torch.tensor([n_choices, 0, 0, 0])
-        stats = RoutingStats(counts, torch.tensor(0), torch.tensor(n_tokens), torch.zeros(4), torch.tensor(0.0))
+        stats = RoutingStats(
+            counts, torch.tensor(0), torch.tensor(n_tokens), torch.zeros(4), torch.tensor(0.0)
+        )
         router.after_step(stats)
         return float(router.coefficient)
 

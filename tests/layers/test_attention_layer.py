@@ -67,14 +67,18 @@ def test_attention_against_one_query_at_a_time(qk_norm: str, n_kv_heads: int, bi
         mask = attention_mask(2, 7, 0, x.device, segments, real)
         allowed = causal & (segments[:, :, None] == segments[:, None, :]) & real[:, None, :]
         ours = layer(x, rotary(0, 7, x), mask)[real]
-        torch.testing.assert_close(ours, naive_attention(layer, x, 100.0, allowed | torch.eye(7).bool())[real], rtol=1e-4, atol=1e-5)  # fmt: skip
+        theirs = naive_attention(layer, x, 100.0, allowed | torch.eye(7).bool())[real]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_mask_by_hand() -> None:
     assert attention_mask(1, 4, 0, torch.device("cpu")) is None
     assert attention_mask(1, 1, 9, torch.device("cpu")) is None
     # two held, two new: the first new one sees three
-    assert attention_mask(1, 2, 2, torch.device("cpu"))[0, 0].tolist() == [[True, True, True, False], [True] * 4]
+    assert attention_mask(1, 2, 2, torch.device("cpu"))[0, 0].tolist() == [
+        [True, True, True, False],
+        [True] * 4,
+    ]
     padded = attention_mask(1, 3, 0, torch.device("cpu"), token_mask=torch.tensor([[0, 1, 0]]))[0, 0]
     # nobody looks at padding but itself, so that no row is empty
     assert padded.tolist() == [[True, False, False], [False, True, False], [False, True, True]]
@@ -105,3 +109,18 @@ def test_rotary_can_be_built_without_a_device() -> None:
     with torch.device("meta"):
         rotary = RotaryEmbedding(4, 8, 100.0)
     assert torch.equal(rotary(0, 8, torch.zeros(1))[0], RotaryEmbedding(4, 8, 100.0)(0, 8, torch.zeros(1))[0])
+
+
+def test_tables_made_in_an_evaluation_serve_training() -> None:
+    layer, rotary = Attention(8, 2, 2, 4), RotaryEmbedding(4, 2, 100.0)
+    x = torch.randn(1, 6, 8)
+    with torch.inference_mode():
+        layer(x, rotary(0, 6, x))  # longer than the tables
+    layer(x, rotary(0, 6, x)).sum().backward()
+    assert layer.qkv.weight.grad.any()
+
+
+def test_no_query_at_all() -> None:
+    x = torch.randn(2, 0, 8)
+    rotary = RotaryEmbedding(4, 2, 100.0)
+    assert Attention(8, 2, 1, 4)(x, rotary(0, 0, x)).shape == (2, 0, 8)

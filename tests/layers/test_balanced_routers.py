@@ -26,7 +26,7 @@ def test_expert_choice_takes_its_capacity_of_each_sequence(n_experts: int, top_k
     expected: list[dict[int, float]] = [{} for _ in range(3 * length)]
     for row, e in itertools.product(range(3), range(n_experts)):
         in_row = range(row * length, (row + 1) * length)
-        for token in sorted(in_row, key=lambda t: -probs[t, e])[:capacity]:  # noqa: B023
+        for token in sorted(in_row, key=lambda t: -probs[t, e])[:capacity]:
             expected[token][e] = float(probs[token, e])
     assert choices(plan) == [pytest.approx(found, rel=1e-4) for found in expected]
 
@@ -99,7 +99,9 @@ def test_auction_is_near_the_best_of_all_assignments(n_tokens: int, n_experts: i
 
 
 @pytest.mark.parametrize("max_rounds", [0, 1, 3, 2000])
-@pytest.mark.parametrize(("n_tokens", "n_experts"), [(1, 3), (2, 5), (7, 3), (40, 6), (13, 13), (5, 1), (0, 4)])
+@pytest.mark.parametrize(
+    ("n_tokens", "n_experts"), [(1, 3), (2, 5), (7, 3), (40, 6), (13, 13), (5, 1), (0, 4)]
+)
 def test_auction_is_balanced_even_when_cut_short(n_tokens: int, n_experts: int, max_rounds: int) -> None:
     affinity = torch.randn(n_tokens, n_experts)
     affinity[:, 0] += 3
@@ -144,7 +146,9 @@ def test_base_weighs_by_its_own_logit_and_is_greedy_in_evaluation(method: str) -
 def test_soft_moe_is_the_papers_formula() -> None:
     """Puigcerver et al. 2023, eq. 1 to 3, with the normalisation of section 2.3, one number at a time."""
     n_experts, per_expert, d_model = 3, 2, 4
-    layer = MoE(d_model, d_expert=5, n_experts=n_experts, router={"name": "soft", "options": {"slots_per_expert": 2}})
+    layer = MoE(
+        d_model, d_expert=5, n_experts=n_experts, router={"name": "soft", "options": {"slots_per_expert": 2}}
+    )
     with torch.no_grad():
         layer.router.weight.normal_()
         layer.router.scale.fill_(1.7)
@@ -175,7 +179,9 @@ def test_soft_moe_padding_gives_and_takes_nothing() -> None:
 
 
 def test_soft_moe_refuses_what_it_cannot_do_and_honours_the_weight_scale() -> None:
-    with pytest.raises(ConfigError, match=r"capacity_factor must be null with router 'soft'.*slots_per_expert"):
+    with pytest.raises(
+        ConfigError, match=r"capacity_factor must be null with router 'soft'.*slots_per_expert"
+    ):
         MoE(4, router="soft", capacity_factor=1.0)
     with pytest.raises(ConfigError, match="combine must be weighted_sum with router 'soft'"):
         MoE(4, router="soft", combine="winner")

@@ -59,7 +59,7 @@ def test_sequence_form_by_hand() -> None:
     # first: f = (2, 2, 0) / 4, P = (1.3, 0.5, 0.2) / 2: 3 * (0.5 * 0.65 + 0.5 * 0.25) = 1.35
     # second: f = (2, 0, 2) / 4, P = (0.7, 0.3, 1.0) / 2: 3 * (0.5 * 0.35 + 0.5 * 0.5) = 1.275
     assert sequence_balance_loss(PROBS, chosen, (2, 2)).item() == pytest.approx((1.35 + 1.275) / 2)
-    # without the last token the second is one token: f = (1, 0, 1) / 2, P = (0.2, 0.2, 0.6): 3 * (0.1 + 0.3) = 1.2
+    # without the last token the second has one: f = (1, 0, 1) / 2, P = (0.2, 0.2, 0.6): 3 * (0.1 + 0.3) = 1.2
     assert sequence_balance_loss(PROBS, chosen, (2, 2), REAL).item() == pytest.approx((1.35 + 1.2) / 2)
     # a sequence of padding alone has no say
     mask = torch.tensor([True, True, False, False])
@@ -69,14 +69,20 @@ def test_sequence_form_by_hand() -> None:
 def test_sequence_form_is_one_where_each_sequence_is_even_and_not_where_only_the_batch_is() -> None:
     even = torch.full((4, 2), 0.5)
     assert sequence_balance_loss(even, torch.ones(4, 2), (2, 2)).item() == pytest.approx(1.0)
-    apart = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])  # sequence 0 all to expert 0, sequence 1 all to 1
+    apart = torch.tensor(
+        [[1.0, 0], [1, 0], [0, 1], [0, 1]]
+    )  # sequence 0 all to expert 0, sequence 1 all to 1
     assert sequence_balance_loss(apart, apart, (2, 2)).item() == pytest.approx(2.0)
     assert load_balance_loss(apart, torch.tensor([2, 2])).item() == pytest.approx(1.0)
 
 
 def test_earlier_micro_batches_enter_the_share_but_not_the_probability() -> None:
     plan = RoutingPlan.from_choices(
-        torch.tensor([[0], [0]]), torch.ones(2, 1), 2, RoutingContext((1, 2)), router_probs=torch.tensor([[0.8, 0.2]] * 2)
+        torch.tensor([[0], [0]]),
+        torch.ones(2, 1),
+        2,
+        RoutingContext((1, 2)),
+        router_probs=torch.tensor([[0.8, 0.2]] * 2),
     )
     context = RoutingContext((1, 2), earlier_counts=torch.tensor([0, 6]))
     loss = balance_losses(plan, context, BalanceConfig())["load_balance"]
@@ -141,7 +147,11 @@ def test_losses_are_reported_in_evaluation_too() -> None:
 
 
 def test_coefficients_meet_losses_in_one_place() -> None:
-    losses = {"load_balance": torch.tensor(2.0), "router_z": torch.tensor(3.0), "router_l1": torch.tensor(5.0)}
+    losses = {
+        "load_balance": torch.tensor(2.0),
+        "router_z": torch.tensor(3.0),
+        "router_l1": torch.tensor(5.0),
+    }
     config = BalanceConfig(load_balance=0.1, router_z=0.01, router_loss=0.5)
     assert float(weighted_aux_loss(losses, config)) == pytest.approx(0.2 + 0.03 + 2.5)
     assert weighted_aux_loss({}, config) == 0
@@ -149,8 +159,16 @@ def test_coefficients_meet_losses_in_one_place() -> None:
 
 @pytest.mark.parametrize("scope", ["global_batch", "sequence"])
 @pytest.mark.parametrize("capacity_factor", [None, 0.5])
-def test_losses_measure_what_was_asked_for_not_what_was_left(scope: str, capacity_factor: float | None) -> None:
-    layer = MoE(4, d_expert=3, n_experts=4, capacity_factor=capacity_factor, balance={"scope": scope, "importance": 1.0})
+def test_losses_measure_what_was_asked_for_not_what_was_left(
+    scope: str, capacity_factor: float | None
+) -> None:
+    layer = MoE(
+        4,
+        d_expert=3,
+        n_experts=4,
+        capacity_factor=capacity_factor,
+        balance={"scope": scope, "importance": 1.0},
+    )
     with torch.no_grad():
         layer.router.weight.normal_(std=2)
     x = torch.randn(3, 8, 4)
@@ -160,7 +178,9 @@ def test_losses_measure_what_was_asked_for_not_what_was_left(scope: str, capacit
     weights, index = probs.topk(2)
     chosen = torch.zeros(24, 4).scatter_(1, index, 1.0)
     groups = [slice(8 * i, 8 * i + 8) for i in range(3)] if scope == "sequence" else [slice(0, 24)]
-    expected = sum(4 * (chosen[g].sum(0) / chosen[g].sum() * probs[g].mean(0)).sum() for g in groups) / len(groups)
+    expected = sum(4 * (chosen[g].sum(0) / chosen[g].sum() * probs[g].mean(0)).sum() for g in groups) / len(
+        groups
+    )
     assert out.aux_losses["load_balance"].item() == pytest.approx(expected.item(), rel=1e-5)
     importance = torch.zeros(24, 4).scatter(1, index, weights / weights.sum(-1, keepdim=True)).sum(0)
     variation = importance.var(unbiased=False) / importance.mean() ** 2
@@ -173,7 +193,11 @@ def test_losses_measure_what_was_asked_for_not_what_was_left(scope: str, capacit
 def stats_of(counts: list[int], dropped: int = 0, n_tokens: int = 10) -> RoutingStats:
     n = len(counts)
     return RoutingStats(
-        torch.tensor(counts), torch.tensor(dropped), torch.tensor(n_tokens), torch.zeros(n).double(), torch.tensor(0.0)
+        torch.tensor(counts),
+        torch.tensor(dropped),
+        torch.tensor(n_tokens),
+        torch.zeros(n).double(),
+        torch.tensor(0.0),
     )
 
 
@@ -191,11 +215,19 @@ def test_balance_measures_by_hand() -> None:
 
 def test_balance_measures_at_the_ends() -> None:
     even = stats_of([5, 5])
-    assert (even.max_violation(), even.load_entropy(), even.dead_experts()) == (pytest.approx(0.0), pytest.approx(1.0), 0)
+    assert (even.max_violation(), even.load_entropy(), even.dead_experts()) == (
+        pytest.approx(0.0),
+        pytest.approx(1.0),
+        0,
+    )
     one = stats_of([9, 0, 0])
     assert (one.max_violation(), one.load_entropy(), one.dead_experts()) == (pytest.approx(2.0), 0.0, 2)
     nothing = stats_of([0, 0], n_tokens=0)
-    assert (nothing.max_violation(), nothing.dropped_share(), nothing.mean_active_experts()) == (0.0, 0.0, 0.0)
+    assert (nothing.max_violation(), nothing.dropped_share(), nothing.mean_active_experts()) == (
+        0.0,
+        0.0,
+        0.0,
+    )
     assert stats_of([7]).load_entropy() == 1.0
     assert math.isnan(even.load_balance_loss())
 

@@ -87,7 +87,10 @@ def test_winners_have_the_capacity_of_one_choice_per_token() -> None:
 
 def test_limited_by_hand() -> None:
     plan = RoutingPlan.from_choices(
-        torch.tensor([[0], [1], [0], [0]]), torch.tensor([[0.2], [0.9], [0.5], [0.5]]), 2, RoutingContext((1, 4))
+        torch.tensor([[0], [1], [0], [0]]),
+        torch.tensor([[0.2], [0.9], [0.5], [0.5]]),
+        2,
+        RoutingContext((1, 4)),
     )
     by_position = plan.limited_to(2)
     assert (by_position.token_index.tolist(), by_position.tokens_per_expert.tolist()) == ([0, 2, 1], [2, 1])

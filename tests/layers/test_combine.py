@@ -9,7 +9,6 @@ from moekit import RoutingContext, RoutingPlan
 from moekit.layers.combine import combine
 
 
-
 def plan_of(weights: list[list[float]]) -> RoutingPlan:
     """Token 0 visits experts 0 and 2, token 1 experts 1 and 2, token 2 nobody, token 3 expert 2 alone."""
     weight = torch.tensor(weights)
@@ -74,7 +73,11 @@ def test_a_weight_that_underflowed_still_counts_in_full(how: str) -> None:
     tiny = _pair([1e-41, 0.0])  # below the smallest normal float32
     plan = tiny.winners() if how == "winner" else tiny
     answers = torch.tensor([[1.0, 3.0], [9.0, 1.0]]).log()[: plan.token_index.shape[0]]
-    expected = {"winner": [0.0, torch.tensor(3.0).log()], "vote_soft": [0.575, 0.425], "vote_hard": [0.5, 0.5]}
+    expected = {
+        "winner": [0.0, torch.tensor(3.0).log()],
+        "vote_soft": [0.575, 0.425],
+        "vote_hard": [0.5, 0.5],
+    }
     assert combine(answers, plan, how).tolist() == [pytest.approx([float(x) for x in expected[how]])]
 
 

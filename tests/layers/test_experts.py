@@ -78,7 +78,9 @@ def test_errors_of_modules() -> None:
         layer(torch.randn(2, 4))
 
 
-@pytest.mark.parametrize("path", [{"n_shared_experts": 1}, {"linear_path": True}, {"null_experts": {"zero": 1}}])
+@pytest.mark.parametrize(
+    "path", [{"n_shared_experts": 1}, {"linear_path": True}, {"null_experts": {"zero": 1}}]
+)
 def test_answers_of_width_one_do_not_broadcast_into_another_path(path: dict) -> None:
     layer = MoE(4, experts=[OfWidth(1), OfWidth(1)], top_k=2, **path)
     with pytest.raises(ConfigError, match=r"experts must return vectors of width 4; got 1"):
@@ -118,7 +120,9 @@ def test_shared_expert_sees_every_token_and_its_gate_is_a_sigmoid() -> None:
     torch.testing.assert_close(out.hidden_states[0], layer.shared(x)[0])
 
 
-@pytest.mark.parametrize(("fields", "width"), [({"n_shared_experts": 2}, 12), ({"n_shared_experts": 2, "d_shared": 5}, 5)])
+@pytest.mark.parametrize(
+    ("fields", "width"), [({"n_shared_experts": 2}, 12), ({"n_shared_experts": 2, "d_shared": 5}, 5)]
+)
 def test_shared_width(fields: dict, width: int) -> None:
     assert MoE(4, d_expert=6, n_experts=2, **fields).shared.mlp.w_out.weight.shape == (4, width)
     for lonely in ({"d_shared": 3}, {"shared_gate": True}):
@@ -137,8 +141,8 @@ def test_mlp_is_laid_out_like_one_stacked_expert() -> None:
 
 def test_initial_weights_keep_the_scale_of_a_linear_layer() -> None:
     stacked = StackedMLP(4, 64, 100)
-    assert float(stacked.w_in.std()) == pytest.approx(64**-0.5, rel=0.05)
-    assert float(stacked.w_out.std()) == pytest.approx(100**-0.5, rel=0.05)
+    assert stacked.w_in.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert stacked.w_out.std().item() == pytest.approx(100**-0.5, rel=0.05)
     assert not StackedMLP(2, 4, 4, bias=True).b_in.any()
 
 
@@ -165,14 +169,18 @@ def test_wrong_shapes_say_what_was_expected() -> None:
     layer = MoE(4, d_expert=3)
     with pytest.raises(ConfigError, match=r"hidden_states must end in d_model \(4\); got \(2, 5\)"):
         layer(torch.randn(2, 5))
-    with pytest.raises(ConfigError, match=r"token_mask must have the leading shape of hidden_states \(2,\); got \(3,\)"):
+    with pytest.raises(
+        ConfigError, match=r"token_mask must have the leading shape of hidden_states \(2,\); got \(3,\)"
+    ):
         layer(torch.randn(2, 4), token_mask=torch.ones(3, dtype=torch.bool))
 
 
 def test_mask_of_zeros_and_ones_is_as_good_as_a_bool_one() -> None:
     layer, x = MoE(4, d_expert=3), torch.randn(3, 4)
     ones = torch.tensor([1, 0, 1])
-    assert torch.equal(layer(x, token_mask=ones).hidden_states, layer(x, token_mask=ones.bool()).hidden_states)
+    assert torch.equal(
+        layer(x, token_mask=ones).hidden_states, layer(x, token_mask=ones.bool()).hidden_states
+    )
 
 
 def test_weight_scale_multiplies_the_routed_answer() -> None:

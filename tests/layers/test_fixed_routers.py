@@ -60,7 +60,9 @@ def test_random_draws_distinct_experts_uniformly() -> None:
     assert all(len(found) == 2 and set(found.values()) == {0.5} for found in choices(plan))
     # 2000 expected, deviation sqrt(5000 * 2/5 * 3/5) = 35
     assert (plan.tokens_per_expert - 2000).abs().max() < 140
-    assert not torch.equal(ask(router, torch.zeros(50, 1)).token_index, ask(router, torch.zeros(50, 1)).token_index)
+    assert not torch.equal(
+        ask(router, torch.zeros(50, 1)).token_index, ask(router, torch.zeros(50, 1)).token_index
+    )
 
 
 # ---------------------------------------------------------------- rules
@@ -78,7 +80,11 @@ def experts_of(router: Router, ids: list[list[int]], **context: Tensor) -> list[
     tensor = torch.tensor(ids)
     flat = {name: value.reshape(-1) for name, value in context.items()}
     plan = ask(
-        router, torch.ones(tensor.numel(), 1), token_ids=tensor.view(-1), batch_shape=tuple(tensor.shape), **flat
+        router,
+        torch.ones(tensor.numel(), 1),
+        token_ids=tensor.view(-1),
+        batch_shape=tuple(tensor.shape),
+        **flat,
     )
     found = [set(choice) for choice in choices(plan)]
     return [found[i * tensor.shape[1] : (i + 1) * tensor.shape[1]] for i in range(tensor.shape[0])]
@@ -112,7 +118,10 @@ def test_rules_end_with_their_document(scope: str) -> None:
 def test_padding_holds_no_keyword() -> None:
     router = rule_router((2, [[9]]), scope="sequence")
     mask = torch.tensor([[True, True, False], [False, True, True]])
-    assert experts_of(router, [[1, 1, 9], [9, 1, 9]], token_mask=mask) == [[{0}, {0}, set()], [set(), {2}, {2}]]
+    assert experts_of(router, [[1, 1, 9], [9, 1, 9]], token_mask=mask) == [
+        [{0}, {0}, set()],
+        [set(), {2}, {2}],
+    ]
 
 
 def test_several_rules_at_once() -> None:
@@ -147,7 +156,9 @@ def test_bias_mode_adds_strength_to_the_logit() -> None:
     plan = ask(router, torch.ones(2, 1), token_ids=tensor)
     assert plan.router_logits.tolist() == [[4.0, 3.0, 2.0, 3.5], [4.0, 3.0, 2.0, 1.0]]
     assert experts_of(router, [[7, 1]]) == [[{0}, {0}]]  # 3.5 is not enough
-    assert experts_of(rule_router((3, [[7]]), mode="bias", strength=3.5, scope="token"), [[7, 1]]) == [[{3}, {0}]]
+    assert experts_of(rule_router((3, [[7]]), mode="bias", strength=3.5, scope="token"), [[7, 1]]) == [
+        [{3}, {0}]
+    ]
 
 
 def odd_ids_to_the_last(token_ids: Tensor, n_experts: int) -> Tensor:
@@ -159,7 +170,9 @@ def odd_ids_to_the_last(token_ids: Tensor, n_experts: int) -> Tensor:
 
 def test_function_by_value_and_by_import_path() -> None:
     for function in (odd_ids_to_the_last, f"{__name__}:odd_ids_to_the_last"):
-        router = with_logits(router_of("rule", {"function": function}, n_experts=4, top_k=1), [4.0, 3.0, 2.0, 1.0])
+        router = with_logits(
+            router_of("rule", {"function": function}, n_experts=4, top_k=1), [4.0, 3.0, 2.0, 1.0]
+        )
         assert experts_of(router, [[1, 2, 3]]) == [[{3}, {0}, {3}]]
         assert not router.causal
     assert router_of("rule", {"function": odd_ids_to_the_last, "function_is_causal": True}).causal
@@ -187,6 +200,10 @@ def test_errors_of_rules_name_the_remedy() -> None:
 
 def test_keyword_rules_write_the_spellings() -> None:
     encode = {"def": [5], " def": [6, 7], "Def": [5], " Def": [8]}
-    assert keyword_rules(lambda text: encode[text], {1: ["def"]}) == [{"expert": 1, "token_ids": [[5], [6, 7], [8]]}]
-    router = rule_router(*[(r["expert"], r["token_ids"]) for r in keyword_rules(encode.__getitem__, {1: ["def"]})])
+    assert keyword_rules(lambda text: encode[text], {1: ["def"]}) == [
+        {"expert": 1, "token_ids": [[5], [6, 7], [8]]}
+    ]
+    router = rule_router(
+        *[(r["expert"], r["token_ids"]) for r in keyword_rules(encode.__getitem__, {1: ["def"]})]
+    )
     assert experts_of(router, [[6, 7, 1]]) == [[{0}, {1}, {1}]]

@@ -14,7 +14,7 @@ from moekit.layers.plan import count_per_expert
 from moekit.layers.routing import ROUTERS
 
 
-@pytest.fixture()
+@pytest.fixture
 def registry() -> Iterator[dict[str, type[Router]]]:
     """The registered routers, as they were afterwards."""
     before = dict(ROUTERS)
@@ -37,7 +37,9 @@ def test_plan_from_choices_by_hand() -> None:
 
 def test_plan_from_choices_leaves_padding_out() -> None:
     context = RoutingContext((1, 3), token_mask=torch.tensor([True, False, True]))
-    plan = RoutingPlan.from_choices(torch.tensor([[1], [0], [0]]), torch.tensor([[0.1], [0.2], [0.3]]), 2, context)
+    plan = RoutingPlan.from_choices(
+        torch.tensor([[1], [0], [0]]), torch.tensor([[0.1], [0.2], [0.3]]), 2, context
+    )
     assert (plan.token_index.tolist(), plan.tokens_per_expert.tolist()) == ([2, 0], [1, 1])
 
 
@@ -59,7 +61,9 @@ def test_count_per_expert() -> None:
 
 
 def test_winners_of_a_plan_without_rows() -> None:
-    plan = RoutingPlan.from_mask(torch.zeros(3, 2, dtype=torch.bool), torch.zeros(3, 2), RoutingContext((1, 3)))
+    plan = RoutingPlan.from_mask(
+        torch.zeros(3, 2, dtype=torch.bool), torch.zeros(3, 2), RoutingContext((1, 3))
+    )
     assert plan.winners().token_index.tolist() == []
 
 
@@ -73,14 +77,18 @@ def test_a_router_of_ones_own(registry: dict[str, type[Router]]) -> None:
 
         def forward(self, tokens: torch.Tensor, context: RoutingContext) -> RoutingPlan:
             turn = (torch.arange(len(tokens)) + self.options.start) % self.n_experts
-            return RoutingPlan.from_choices(turn[:, None], torch.ones(len(tokens), 1), self.n_experts, context)
+            return RoutingPlan.from_choices(
+                turn[:, None], torch.ones(len(tokens), 1), self.n_experts, context
+            )
 
     layer = MoE(4, d_expert=3, n_experts=3, top_k=1, router={"name": "every_other", "start": 1})
     out = layer(torch.randn(7, 4))
     assert out.routing.tokens_per_expert.tolist() == [2, 3, 2]
     assert out.aux_losses == {}
     assert layer.causal
-    with pytest.raises(ConfigError, match=r"router\(every_other\)\.stat is not a known key: did you mean 'start'"):
+    with pytest.raises(
+        ConfigError, match=r"router\(every_other\)\.stat is not a known key: did you mean 'start'"
+    ):
         MoE(4, d_expert=3, router={"name": "every_other", "stat": 1})
 
 

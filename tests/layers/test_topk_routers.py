@@ -70,7 +70,9 @@ def test_bias_moves_the_choice_and_never_the_weight(name: str) -> None:
     after = choices(ask(router, ONE))[0]
     assert set(after) == ({3} if k == 1 else {0, 3})
     # the weight that expert 3 would have had anyway: from its own logit, as if the bias were nothing
-    unbiased = with_logits(router_of(name, options, **fields | {"top_k": 1 if k == 1 else 4}), [2.0, 1.0, 0.0, -1.0])
+    unbiased = with_logits(
+        router_of(name, options, **fields | {"top_k": 1 if k == 1 else 4}), [2.0, 1.0, 0.0, -1.0]
+    )
     if k == 2:
         ratio = choices(ask(unbiased, ONE))[0]
         assert after[3] / after[0] == pytest.approx(ratio[3] / ratio[0], rel=1e-5)
@@ -106,7 +108,9 @@ def test_bias_rule_balances_a_lopsided_router(name: str) -> None:
         router.weight.normal_(std=0.3)
         router.weight[0, 0] += 2.0  # every token likes expert 0
     first = RoutingStats.from_plan(ask(router, tokens)).max_violation()
-    for step in range(150):  # the rate goes down with the learning rate: a constant one swings about the balance
+    for step in range(
+        150
+    ):  # the rate goes down with the learning rate: a constant one swings about the balance
         router.after_step(RoutingStats.from_plan(ask(router, tokens)), scale=1 - step / 150)
     last = RoutingStats.from_plan(ask(router, tokens)).max_violation()
     assert first > 1.5
@@ -195,7 +199,9 @@ def test_gshard_draws_the_second_expert() -> None:
     assert choices(ask(router, tokens[:1])) == [pytest.approx({0: 0.75, 1: 0.25})]
     plan = ask(router.train(), tokens)
     assert plan.tokens_per_expert[0] == 4000
-    assert float(plan.tokens_per_expert[1]) == pytest.approx(2000, abs=4 * math.sqrt(1000))  # 4 standard deviations
+    assert float(plan.tokens_per_expert[1]) == pytest.approx(
+        2000, abs=4 * math.sqrt(1000)
+    )  # 4 standard deviations
     assert plan.tokens_per_expert[2] == 0
     for found in choices(plan)[:100]:  # the first keeps its weight whether or not the second came
         assert found in (pytest.approx({0: 0.75, 1: 0.25}), pytest.approx({0: 0.75}))
@@ -237,7 +243,9 @@ def test_group_limited_rules() -> None:
         router_of("group_limited", {"n_groups": 3})
     with pytest.raises(ConfigError, match=r"top_groups must be at most n_groups \(2\); got 3"):
         router_of("group_limited", {"n_groups": 2, "top_groups": 3})
-    with pytest.raises(ConfigError, match=r"top_k must be at most the experts in the top groups \(2\); got 3"):
+    with pytest.raises(
+        ConfigError, match=r"top_k must be at most the experts in the top groups \(2\); got 3"
+    ):
         router_of("group_limited", {"n_groups": 4, "top_groups": 1}, top_k=3)
 
 
@@ -276,7 +284,9 @@ def test_hierarchical_normalised_and_its_rules() -> None:
         assert {e // 2 for e in found} == {0, 1}
     with pytest.raises(ConfigError, match="n_groups must divide n_experts"):
         router_of("hierarchical", {"n_groups": 3})
-    with pytest.raises(ConfigError, match=r"top_groups must be at most n_groups \(4\) and divide top_k \(3\)"):
+    with pytest.raises(
+        ConfigError, match=r"top_groups must be at most n_groups \(4\) and divide top_k \(3\)"
+    ):
         router_of("hierarchical", {"n_groups": 4, "top_groups": 2}, top_k=3)
     with pytest.raises(ConfigError, match="top_k must be at most top_groups"):
         router_of("hierarchical", {"n_groups": 4, "top_groups": 1}, top_k=3)

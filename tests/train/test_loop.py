@@ -5,13 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
-from moekit.config.errors import ConfigError, NonFiniteError
-from moekit.data.loader import Batch, TrainLoader
-from moekit.layers.balancing import load_balance_loss
-from moekit.train.checkpoints import load_checkpoint, save_checkpoint
-from moekit.train.device import resolve_device, resolve_dtype
-from moekit.train.schedules import learning_rate_scale
 from training_samples import (
     LENGTH,
     ROWS,
@@ -23,6 +16,13 @@ from training_samples import (
     make_trainer,
     transformer_xl,
 )
+
+from moekit.config.errors import ConfigError, NonFiniteError
+from moekit.data.loader import Batch, TrainLoader
+from moekit.layers.balancing import load_balance_loss
+from moekit.train.checkpoints import load_checkpoint, save_checkpoint
+from moekit.train.device import resolve_device, resolve_dtype
+from moekit.train.schedules import learning_rate_scale
 
 PLAIN = {"load_balance": 0, "router_z": 0}
 
@@ -324,7 +324,7 @@ def test_tokens_steps_and_time_are_counted():
 
 
 def test_tokens_per_second_of_a_step_that_was_interrupted(monkeypatch):
-    """A clock that moves on by one second each time it is asked: the rest of the step takes one second too."""
+    """A clock that moves on by one second whenever it is asked: the rest of the step takes one second too."""
     now = iter(range(1000))
     monkeypatch.setattr("moekit.train.loop.time.perf_counter", lambda: float(next(now)))
     trainer = make_trainer(dense(), accumulation=3)
@@ -348,7 +348,7 @@ def test_nothing_is_done_when_told_to_stop_before():
 
 @pytest.mark.parametrize("order", ["streams", "shuffled"])
 def test_memory_is_carried_along_streams_only(order):
-    """Row b of a batch goes on in row b of the next one, in the same micro-batch; shuffled sequences do not."""
+    """Row b of a batch goes on in row b of the next, in the same micro-batch; shuffled sequences do not."""
     trainer = make_trainer(transformer_xl(), order=order, accumulation=2, steps=3)
     given, forward = [], trainer.model.forward
 

@@ -1,8 +1,8 @@
-"""Resume is exact: a run that was stopped anywhere and taken up again equals, bit for bit, one that never stopped.
+"""Resume is exact: a run that was stopped and taken up again equals one that never stopped, bit for bit.
 
-Compared are the weights, the optimizer, the random generators, the place in the data, the recurrent memory and every
-metric of every step. A trainer that resumes is built with other initial weights and another state of the random
-generator, so that nothing can be right by chance.
+Compared are the weights, the optimizer, the random generators, the place in the data, the recurrent memory
+and every metric of every step. A trainer that resumes is built with other initial weights and another state
+of the random generator, so that nothing can be right by chance.
 """
 
 import functools
@@ -11,11 +11,6 @@ import signal
 
 import pytest
 import torch
-
-from moekit.config.errors import CheckpointError, Interrupted
-from moekit.train import validation
-from moekit.train.checkpoints import load_checkpoint, save_checkpoint
-from moekit.train.run import resume_run, train_run
 from training_samples import (
     BATCHES_PER_EPOCH,
     assert_same_run,
@@ -31,11 +26,18 @@ from training_samples import (
     transformer_xl,
 )
 
+from moekit.config.errors import CheckpointError, Interrupted
+from moekit.train import validation
+from moekit.train.checkpoints import load_checkpoint, save_checkpoint
+from moekit.train.run import resume_run, train_run
+
 STEPS = BATCHES_PER_EPOCH + 3
 MODELS = {
     "dense": (dense(), {}),
     "softmax": (decoder(), {}),
-    "auxiliary-loss-free bias": (decoder(router="sigmoid", balance={"load_balance": 0, "bias_update_rate": 0.01}), {}),
+    "auxiliary-loss-free bias": (
+        decoder(router="sigmoid", balance={"load_balance": 0, "bias_update_rate": 0.01}), {},
+    ),
     "noisy_topk": (decoder(router="noisy_topk", balance={"importance": 0.1, "load": 0.1}), {}),
     "gshard": (decoder(router="gshard"), {}),
     "switch": (decoder(router={"name": "switch", "jitter": 0.3}, top_k=1), {}),
@@ -198,8 +200,10 @@ def stop_at(monkeypatch, step, micro, number=signal.SIGTERM):
 
 
 # SIGTERM arrives during this micro-batch; validation falls on steps 4 and 8, checkpoints on steps 3, 6 and 9
-PLACES_IN_RUNS = [("noisy MoE", 4, 0), ("noisy MoE", 3, 2), ("noisy MoE", 0, 0), ("threshold, recompute", 7, 1),
-                  ("random", 7, 2), ("transformer_xl", 4, 1), ("transformer_xl", 3, 2)]  # fmt: skip
+PLACES_IN_RUNS = [
+    ("noisy MoE", 4, 0), ("noisy MoE", 3, 2), ("noisy MoE", 0, 0), ("threshold, recompute", 7, 1),
+    ("random", 7, 2), ("transformer_xl", 4, 1), ("transformer_xl", 3, 2),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "step", "micro"), PLACES_IN_RUNS)

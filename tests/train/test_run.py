@@ -1,4 +1,4 @@
-"""A run in its folder: the files it leaves, validation beside training, failure, resume with changes, loading."""
+"""A run in its folder: the files it leaves, validation, failure, resume with changes, loading, signals."""
 
 import json
 import math
@@ -79,8 +79,9 @@ def test_metrics_lines(tmp_path):
     assert [line["step"] for line in validation] == [4, 8, 10], "every fourth step and the last"
     for line in train:
         assert line.keys() == {
-            "step", "time", "kind", "tokens", "loss", "gradient_norm", "lr", "aux/load_balance", "aux/router_z",
-            "max_violation", "dropped_share", "mean_active_experts", "load", "tokens_per_second", "seconds",
+            "step", "time", "kind", "tokens", "loss", "gradient_norm", "lr", "tokens_per_second", "seconds",
+            "aux/load_balance", "aux/router_z",
+            "load", "max_violation", "dropped_share", "mean_active_experts",
         }  # fmt: skip
         assert line["tokens"] == line["step"] * ROWS * LENGTH
         assert len(line["load"]) == 4
@@ -114,7 +115,10 @@ def test_the_final_result(tmp_path):
     for batch in evaluation_batches(data.validation, ROWS, LENGTH, max_batches=2):
         with torch.no_grad():
             out = run.model(
-                batch.token_ids, segment_ids=batch.segment_ids, targets=batch.targets, token_mask=batch.token_mask
+                batch.token_ids,
+                segment_ids=batch.segment_ids,
+                targets=batch.targets,
+                token_mask=batch.token_mask,
             )
         nats, n = nats + float(out.loss) * out.n_targets, n + out.n_targets
     assert result.final["validation_loss"] == pytest.approx(nats / n, rel=1e-6)
@@ -211,7 +215,8 @@ def test_the_model_is_made_to_fit_the_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model", [decoder(router="random"), transformer_xl(dropout=0.5), decoder(balance={"bias_update_rate": 0.1})]
+    "model",
+    [decoder(router="random"), transformer_xl(dropout=0.5), decoder(balance={"bias_update_rate": 0.1})],
 )
 def test_validation_leaves_training_as_it_was(tmp_path, model):
     """Runs that validate after every step, and only at the end, are equal in all but the validations."""
@@ -219,7 +224,10 @@ def test_validation_leaves_training_as_it_was(tmp_path, model):
     never = train_run(run_config(tmp_path, model, validate_every=0), quiet=True)
     assert_same_tensors(newest(often.folder)[0], newest(never.folder)[0])
     lines = [
-        [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(run.folder / "metrics.jsonl", "train")]
+        [
+            {k: v for k, v in line.items() if k not in CLOCK}
+            for line in read_metrics(run.folder / "metrics.jsonl", "train")
+        ]
         for run in (often, never)
     ]
     assert lines[0] == lines[1]
@@ -231,13 +239,21 @@ def test_loss_over_restores_mode_gradients_and_generator(tmp_path):
     batch = next(evaluation_batches(data.train, ROWS, LENGTH))
     model(batch.token_ids, targets=batch.targets).loss.backward()
     before, generator = copies(model.state_dict()), torch.get_rng_state()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     assert gradients
     for mode in (True, False):
         model.train(mode)
         modes = []
-        hook = model.backbone.layers[0].register_forward_hook(lambda m, i, o, modes=modes: modes.append(m.training))
-        loss_over(model, evaluation_batches(data.validation, ROWS, LENGTH), torch.device("cpu"), torch.float32)
+        hook = model.backbone.layers[0].register_forward_hook(
+            lambda m, i, o, modes=modes: modes.append(m.training)
+        )
+        loss_over(
+            model, evaluation_batches(data.validation, ROWS, LENGTH), torch.device("cpu"), torch.float32
+        )
         hook.remove()
         assert set(modes) == {False}
         assert model.training is mode
@@ -273,7 +289,9 @@ def test_loss_over_weighs_every_token_alike_whatever_the_batches(tmp_path, model
     assert totals[0].n_targets == totals[1].n_targets == data.validation.n_tokens
     assert totals[0].mean == pytest.approx(totals[1].mean, rel=0.01)
     if totals[0].stats:
-        assert all(int(layer.n_tokens) == data.validation.n_tokens for total in totals for layer in total.stats)
+        assert all(
+            int(layer.n_tokens) == data.validation.n_tokens for total in totals for layer in total.stats
+        )
     assert math.isnan(loss_over(built, [], torch.device("cpu"), torch.float32).mean)
 
 
@@ -299,7 +317,7 @@ def test_loss_over_carries_memory():
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_run_that_is_not_finite_keeps_its_last_good_checkpoint(tmp_path, monkeypatch, capsys, what):
-    """Through the command line: exit code 5, one paragraph; without the poison the run goes on as if nothing was."""
+    """Through the command line: exit code 5; without the poison the run goes on as if nothing was."""
     config = run_config(tmp_path)
     whole = train_run(config, quiet=True)
     save_run_config(config, tmp_path / "config.yaml")
@@ -400,7 +418,13 @@ def test_more_steps_for_a_finished_run(tmp_path, monkeypatch):
     assert (result.folder, result.final["step"]) == (short.folder, 16)
     assert_same_tensors(newest(short.folder)[0], newest(whole.folder)[0])
     # the shorter run had one more validation, after its own last step
-    assert [line["step"] for line in read_metrics(short.folder / "metrics.jsonl", "validation")] == [4, 8, 10, 12, 16]
+    assert [line["step"] for line in read_metrics(short.folder / "metrics.jsonl", "validation")] == [
+        4,
+        8,
+        10,
+        12,
+        16,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -408,13 +432,19 @@ def test_more_steps_for_a_finished_run(tmp_path, monkeypatch):
     [
         ("model.d_model=32", CheckpointError, "do not fit the model"),
         ("model.moe.n_experts=8", CheckpointError, "do not fit the model"),
-        ("train.batch_size=3", CheckpointError, r"train\.batch_size must be 6 .* resume with train\.batch_size=6"),
+        (
+            "train.batch_size=3",
+            CheckpointError,
+            r"train\.batch_size must be 6 .* resume with train\.batch_size=6",
+        ),
         ("data.seq_len=8", CheckpointError, r"data\.seq_len must be 16"),
         ("data.vocab_size=300", CheckpointError, "the data of .* has changed"),
         ("train.stepz=3", ConfigError, "did you mean 'steps'"),
     ],
 )
-def test_an_override_that_does_not_fit_is_refused_and_forgotten(tmp_path, monkeypatch, override, error, message):
+def test_an_override_that_does_not_fit_is_refused_and_forgotten(
+    tmp_path, monkeypatch, override, error, message
+):
     config = run_config(tmp_path)
     with monkeypatch.context() as patch:
         die_at(patch, 5)
@@ -436,7 +466,9 @@ def test_changed_data_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "tiny-1"
     corpus = tmp_path / "corpus.jsonl"
     write_corpus(corpus, seed=1)
-    with pytest.raises(CheckpointError, match=r"the data of .*tiny-1 has changed .* Restore the data") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"the data of .*tiny-1 has changed .* Restore the data"
+    ) as caught:
         resume_run(folder, quiet=True)
     assert caught.value.exit_code == 4
     write_corpus(corpus)
@@ -485,7 +517,9 @@ def test_load_run(tmp_path, monkeypatch):
     run = load_run(result.folder)
     assert (run.step, run.folder, run.model.training) == (10, result.folder, False)
     assert run.tokenizer.decode(run.tokenizer.encode("cat 中 dog")) == "cat 中 dog"
-    saved = {k.removeprefix("model."): v for k, v in newest(result.folder)[0].items() if k.startswith("model.")}
+    saved = {
+        k.removeprefix("model."): v for k, v in newest(result.folder)[0].items() if k.startswith("model.")
+    }
     loaded = run.model.state_dict()
     for name, tensor in saved.items():
         assert torch.equal(loaded[name], tensor), name
@@ -496,7 +530,9 @@ def test_load_run(tmp_path, monkeypatch):
         die_at(patch, 1)
         with pytest.raises(SystemExit):
             train_run(run_config(tmp_path), quiet=True)
-    with pytest.raises(CheckpointError, match="holds no complete checkpoint yet. Train it on with: moekit resume"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no complete checkpoint yet\. Train it on with: moekit resume"
+    ):
         load_run(tmp_path / "runs" / "tiny-2")
 
 
@@ -517,7 +553,9 @@ def test_a_second_sigint_stops_at_once(tmp_path, monkeypatch):
     at_micro_step(monkeypatch, 5, 0, twice)
     with pytest.raises(KeyboardInterrupt):
         train_run(run_config(tmp_path), quiet=True)
-    assert newest(tmp_path / "runs" / "tiny-1")[1]["step"] == 3, "the checkpoint on the way, none for the signal"
+    assert newest(tmp_path / "runs" / "tiny-1")[1]["step"] == 3, (
+        "the checkpoint on the way, none for the signal"
+    )
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path, monkeypatch):
@@ -537,7 +575,9 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path, monkeypatch):
 def test_training_in_a_thread_listens_to_no_signal(tmp_path):
     """Python lets only the main thread handle signals; training elsewhere must work all the same."""
     results = []
-    thread = threading.Thread(target=lambda: results.append(train_run(run_config(tmp_path, steps=2), quiet=True)))
+    thread = threading.Thread(
+        target=lambda: results.append(train_run(run_config(tmp_path, steps=2), quiet=True))
+    )
     thread.start()
     thread.join()
     assert results[0].final["step"] == 2
@@ -565,12 +605,19 @@ def test_the_live_view_is_fed(tmp_path, capsys, monkeypatch):
     assert shown[-1] == "closed"
     assert [entry[0] for entry in shown[1:-1]] == list(range(1, 11))
     first, last = shown[1][1], shown[-2][1]
-    assert {"loss", "tokens_per_second", "load", "max_violation", "dropped_share", "eta_seconds"} <= first.keys()
+    assert {
+        "loss",
+        "tokens_per_second",
+        "load",
+        "max_violation",
+        "dropped_share",
+        "eta_seconds",
+    } <= first.keys()
     assert first["note"] is None
     assert re.fullmatch(r"validation loss \d\.\d{3}", last["note"])
     assert first["eta_seconds"] > 0
     assert last["eta_seconds"] == 0
+    at_micro_step(monkeypatch, 2, 0, lambda trainer: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted):  # closed as well when the run is stopped
-        at_micro_step(monkeypatch, 2, 0, lambda trainer: signal.raise_signal(signal.SIGTERM))
         train_run(run_config(tmp_path))
     assert shown[-1] == "closed"

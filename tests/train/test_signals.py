@@ -1,8 +1,8 @@
-"""Real processes that are told to stop, or killed, while they train; `moekit resume` then ends like nothing was.
+"""Real processes that are told to stop, or killed, while they train; `moekit resume` makes up for it.
 
-Each starts `python -m moekit` on a run that would take hours, waits until the metrics file shows some steps, and
-sends the signal. The run is then resumed with a few steps more than it has, and compared with one of that length:
-its learning rate is constant, so that the length changes nothing before the end.
+Each starts `python -m moekit` on a run that would take hours, waits until the metrics file shows some steps,
+and sends the signal. The run is then resumed with a few steps more than it has, and compared with one of
+that length: its learning rate is constant, so that the length changes nothing before the end.
 """
 
 import os
@@ -25,8 +25,15 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSI
 @pytest.fixture
 def config(tmp_path):
     """Noise in the router, so that the random generator must go on too; saved as config.yaml."""
-    config = run_config(tmp_path, decoder(router="noisy_topk"), steps=1_000_000, accumulation=3, checkpoint_every=4,
-                        validate_every=0, schedule={"kind": "constant", "warmup_steps": 3})  # fmt: skip
+    config = run_config(
+        tmp_path,
+        decoder(router="noisy_topk"),
+        steps=1_000_000,
+        accumulation=3,
+        checkpoint_every=4,
+        validate_every=0,
+        schedule={"kind": "constant", "warmup_steps": 3},
+    )
     save_run_config(config, tmp_path / "config.yaml")
     return config
 
@@ -34,7 +41,9 @@ def config(tmp_path):
 def start(*arguments: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "moekit", *map(str, arguments), "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def wait_for_steps(process: subprocess.Popen, run: Path, n_lines: int) -> None:
@@ -42,7 +51,9 @@ def wait_for_steps(process: subprocess.Popen, run: Path, n_lines: int) -> None:
     log, deadline = run / "metrics.jsonl", time.monotonic() + 120
     while not log.exists() or log.read_bytes().count(b"\n") < n_lines:
         if process.poll() is not None:
-            pytest.fail(f"ended with {process.returncode} before it was to be stopped: {process.communicate()[1]}")
+            pytest.fail(
+                f"ended with {process.returncode} before it was to be stopped: {process.communicate()[1]}"
+            )
         assert time.monotonic() < deadline, "no step within two minutes"
         time.sleep(0.005)
 

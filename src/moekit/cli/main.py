@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     MOEKIT_DEBUG=1 shows the traceback of an error that is reported in one paragraph otherwise.
     """
     warnings.formatwarning = _plain_warning
-    # read when torch loads OpenMP. Threads that spin while they wait make a step ten times as slow as soon as another
-    # process wants a core: 13 s against 0.9 s, seen with two threads on two busy cores
+    # read when torch loads OpenMP. Threads that spin while they wait make a step ten times as slow as soon as
+    # another process wants a core: 13 s against 0.9 s, seen with two threads on two busy cores
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if "_MOEKIT_COMPLETE" in os.environ:  # a shell asks for completions
         cli.main(prog_name="moekit")

@@ -7,7 +7,6 @@ the keys of the old kind mean nothing to the new one.
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import tempfile
@@ -38,7 +37,7 @@ def load_run_config(
     >>> load_run_config(None, ["train.steps=20", "train.optimizer.lr=3e-3"]).train.optimizer.lr
     0.003
     """
-    data: dict[str, Any] = copy.deepcopy(dict(preset or {}))
+    data: dict[str, Any] = dict(preset or {})
     lines: dict[str, int] = {}
     if path is not None:
         path = Path(path)
@@ -114,7 +113,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any], top: bool = False)
         elif isinstance(value, Mapping) and isinstance(below, str):
             result[key] = _merged({"name": below}, value)  # `router: softmax` is short for its name
         else:
-            result[key] = copy.deepcopy(value)
+            result[key] = value
     return result
 
 

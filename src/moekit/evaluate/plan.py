@@ -24,8 +24,9 @@ from moekit.train.device import autocast, resolve_device, resolve_dtype
 
 AnyConfig = ModelConfig | TransformerXLConfig
 
-# a pass of the probe takes about the first, all passes together about the second
-_PASS_SECONDS, _PROBE_SECONDS, _MAX_PASSES = 0.5, 2.0, 5
+# A pass has as many sequences as these seconds allow, up to a whole micro-batch: a few rows for each expert are
+# slower per token than many. Passes are repeated for as long again.
+_PASS_SECONDS, _MAX_PASSES = 3.0, 4
 # weights, gradient and two AdamW moments, each float32
 _BYTES_PER_PARAMETER = {"weights": 4, "gradients": 4, "optimizer": 8}
 _NOTES = {
@@ -33,7 +34,7 @@ _NOTES = {
     "gradients": "float32",
     "optimizer": "two AdamW moments, float32",
     "activations": "kept for the backward pass of a micro-batch",
-    "total": "without the interpreter and its libraries",
+    "total": "without the interpreter, its libraries and short-lived tensors",
 }
 
 
@@ -195,7 +196,7 @@ def _measured(config: RunConfig, device: torch.device, dtype: torch.dtype, free:
         rows = max(1, min(most_rows, int(_PASS_SECONDS / passed(ids[:1], _memory_of(model, ids[:1])))))
         carried = _memory_of(model, ids[:rows])
         seconds: list[float] = []
-        while not seconds or (len(seconds) < _MAX_PASSES and sum(seconds) < _PROBE_SECONDS):
+        while not seconds or (len(seconds) < _MAX_PASSES and sum(seconds) < _PASS_SECONDS):
             seconds.append(passed(ids[:rows], carried))
         update = _update_seconds(model, device)
     tokens = rows * length

@@ -1,8 +1,8 @@
-"""Masked attention for training: PyTorch's fused kernel, or on the CPU explicit products where sequences are short.
+"""Masked attention for training: PyTorch's fused kernel, or explicit products on the CPU.
 
-Shapes: q `[B, H, S, N]`, k and v `[B, H, L, N]`, mask `[B, 1, S, L]` bool (True: allowed) or None for causal S = L.
-PyTorch's CPU kernel recomputes scores in its backward pass in small tiles; up to a few hundred keys, keeping the
-probabilities in bfloat16 and using plain batched products takes less than half of its time.
+Shapes: q `[B, H, S, N]`, k and v `[B, H, L, N]`, mask `[B, 1, S, L]` bool (True: allowed) or None for causal
+S = L. PyTorch's CPU kernel recomputes scores in its backward pass in small tiles; up to a few hundred keys,
+keeping the probabilities in bfloat16 and using plain batched products takes less than half of its time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ EXPLICIT_LIMIT = 64 * 2**20
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(N), masked) v, `[B, H, S, N]`; the faster of the two ways for the shapes."""
     scores_bytes = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.element_size()
-    explicit = q.device.type == "cpu" and q.requires_grad and q.shape[2] > 1 and scores_bytes <= EXPLICIT_LIMIT
+    explicit = (
+        q.device.type == "cpu" and q.requires_grad and q.shape[2] > 1 and scores_bytes <= EXPLICIT_LIMIT
+    )
     if explicit and q.dtype == torch.bfloat16:
         return explicit_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)

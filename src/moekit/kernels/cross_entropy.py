@@ -1,8 +1,9 @@
 """Cross-entropy of a linear map over the vocabulary without keeping the logits of all positions.
 
-The plain way writes `[N, V]` logits three times over (logits, log-probabilities, gradient), which for a small model
-costs more than its matrix products. Here the positions go in blocks that fit the cache, and each block's gradient is
-formed while its logits are still there (the idea of the Liger kernel, Hsu et al. 2024, arXiv 2410.10989).
+The plain way writes `[N, V]` logits three times over (logits, log-probabilities, gradient), which for a small
+model costs more than its matrix products. Here the positions go in blocks that fit the cache, and each
+block's gradient is formed while its logits are still there (the idea of the Liger kernel, Hsu et al. 2024,
+arXiv 2410.10989).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ IGNORED = -100
 
 def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The truth, in float32: see `linear_cross_entropy`."""
-    losses = F.cross_entropy(hidden.float() @ weight.float().t(), targets, reduction="none", ignore_index=IGNORED)
+    losses = F.cross_entropy(
+        hidden.float() @ weight.float().t(), targets, reduction="none", ignore_index=IGNORED
+    )
     return losses.sum() / (targets != IGNORED).sum().clamp(min=1), losses
 
 
@@ -28,19 +31,22 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Mean and per-position cross-entropy of `hidden @ weight.T` in nats.
 
-    Shapes: hidden `[N, D]`, weight `[V, D]`, targets `[N]` (-100 is ignored). Returns the mean over the targets that
-    count (0 where none does) and the losses `[N]` float32, 0 where ignored; only the mean carries a gradient.
-    Under autocast the products run in the autocast type; log-sum-exp and sums are float32.
+    Shapes: hidden `[N, D]`, weight `[V, D]`, targets `[N]` (-100 is ignored). Returns the mean over the
+    targets that count (0 where none does) and the losses `[N]` float32, 0 where ignored; only the mean
+    carries a gradient. Under autocast the products run in the autocast type; log-sum-exp and sums are
+    float32.
 
     >>> import torch
     >>> mean, each = linear_cross_entropy(torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 1, -100]))
-    >>> round(mean.item(), 4), [round(x, 4) for x in each.tolist()]    # log(5), and the ignored one counts nothing
+    >>> round(mean.item(), 4), [round(x, 4) for x in each.tolist()]    # log(5), and 0 for the ignored one
     (1.6094, [1.6094, 1.6094, 0.0])
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), targets, block, torch.is_grad_enabled())
+        return _LinearCrossEntropy.apply(
+            hidden.to(dtype), weight.to(dtype), targets, block, torch.is_grad_enabled()
+        )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -56,7 +62,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # needs_input_grad is True for a parameter under no_grad as well
         wants_hidden, wants_weight = (with_gradient and wanted for wanted in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
+        grad_weight = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
+        )
         for start in range(0, hidden.shape[0], block):
             part = slice(start, start + block)
             rows, labels, keep = hidden[part], labels_of[part, None], counted[part]

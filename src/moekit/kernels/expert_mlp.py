@@ -1,8 +1,8 @@
 """The experts' feed-forward: rows sorted by expert through one small MLP per expert.
 
-Shapes: rows `[R, D]` sorted by expert, `tokens_per_expert` `[E]` summing to R, `w_in` `[E, G*F, D]` where G is 2 for
-swiglu (gate first, then up) and 1 otherwise, `w_out` `[E, O, F]`, biases `[E, G*F]` and `[E, O]` or None; result
-`[R, O]` in the type of the rows. Weights are stored `[out, in]` as in `torch.nn.Linear`.
+Shapes: rows `[R, D]` sorted by expert, `tokens_per_expert` `[E]` summing to R, `w_in` `[E, G*F, D]` where G
+is 2 for swiglu (gate first, then up) and 1 otherwise, `w_out` `[E, O, F]`, biases `[E, G*F]` and `[E, O]` or
+None; result `[R, O]` in the type of the rows. Weights are stored `[out, in]` as in `torch.nn.Linear`.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def expert_mlp_grouped(
     b_out: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """All experts in one grouped product per map (PyTorch's own kernel). Needs widths that are multiples of 8.
+    """All experts in one grouped product per map (PyTorch's own kernel), where widths are multiples of 8.
 
-    On the CPU each expert's rows are padded with zeros to a multiple of `CPU_BLOCK`: the library underneath compiles
-    a kernel for every new number of rows, and routing brings new numbers at every step.
+    On the CPU each expert's rows are padded with zeros to a multiple of `CPU_BLOCK`: the library underneath
+    compiles a kernel for every new number of rows, and routing brings new numbers at every step.
     """
     if rows.shape[0] == 0 or any(size % 8 for size in (*w_in.shape[1:], *w_out.shape[1:])):
         return expert_mlp_reference(rows, tokens_per_expert, w_in, w_out, b_in, b_out, activation)

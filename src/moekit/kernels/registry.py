@@ -1,7 +1,7 @@
 """One registry of implementations: each operation has a reference and, where it pays, faster paths.
 
-An implementation says by itself whether it can run for a device and a data type, and why not. `pick` takes the
-usable one of the highest priority; `available` lists them all for `moekit doctor`.
+An implementation says by itself whether it can run for a device and a data type, and why not. `pick` takes
+the usable one of the highest priority; `available` lists them all for `moekit doctor`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def register(
 
 
 def _load(op: str) -> list[Kernel]:
-    import moekit.kernels.expert_mlp  # noqa: F401, PLC0415  (registers itself)
+    import moekit.kernels.expert_mlp  # noqa: F401  (registers itself)
 
     if op not in _KERNELS:
         raise ConfigError(f"kernel operation {op!r} is unknown: {nearest(op, _KERNELS)}")
@@ -78,12 +78,18 @@ def pick(op: str, device_type: str, dtype: torch.dtype, name: str = "auto") -> K
         if kernel.name == name:
             can_run, reason = kernel.usable(device, dtype)
             if not can_run:
-                raise ConfigError(f"kernel {name!r} of {op} cannot run on {device_type} with {dtype}: {reason}")
+                raise ConfigError(
+                    f"kernel {name!r} of {op} cannot run on {device_type} with {dtype}: {reason}"
+                )
             return kernel
     names = [kernel.name for kernel in kernels]
-    raise ConfigError(f"kernel must be auto or one of {', '.join(names)}; got {name!r}. {nearest(name, names)}")
+    raise ConfigError(
+        f"kernel must be auto or one of {', '.join(names)}; got {name!r}. {nearest(name, names)}"
+    )
 
 
-def available(op: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, bool, str]]:
+def available(
+    op: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> list[tuple[str, bool, str]]:
     """(name, usable, reason) of every implementation of `op`, the preferred one first."""
     return [(kernel.name, *kernel.usable(torch.device(device), dtype)) for kernel in _load(op)]

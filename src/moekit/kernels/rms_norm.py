@@ -1,8 +1,9 @@
 """Root-mean-square normalisation with few passes over memory.
 
-On the CPU `torch.nn.functional.rms_norm` runs as separate operations forward and backward, about eight times as slow as
-its fused `layer_norm`. The backward formulas below are worked out by hand for y = x * r * w, r = (mean(x^2) + eps)^-1/2:
-dx = r * (g*w - xhat * mean(g*w*xhat)), dw = sum over rows of g * xhat, with xhat = x * r.
+On the CPU `torch.nn.functional.rms_norm` runs as separate operations forward and backward, about eight times
+as slow as its fused `layer_norm`. The backward formulas below are worked out by hand for y = x * r * w, r =
+(mean(x^2) + eps)^-1/2: dx = r * (g*w - xhat * mean(g*w*xhat)), dw = sum over rows of g * xhat, with xhat = x
+* r.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The layer in reading order: plan, routing, dispatch, experts, combine, balancing, moe; attention and norm beside."""
+"""The layer in reading order: plan, routing, dispatch, experts, combine, balancing, moe; attention, norm."""

@@ -1,6 +1,7 @@
 """Causal self-attention with rotary positions and grouped keys and values.
 
-Shape legend: B batch, S new tokens, L keys (held ones and new ones), H query heads, G key/value heads, N head width.
+Shape legend: B batch, S new tokens, L keys (held ones and new ones), H query heads, G key/value heads, N head
+width.
 """
 
 from __future__ import annotations
@@ -29,30 +30,29 @@ class KeyValueCache(Protocol):
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated as in Llama and Hugging Face."""
-
-    cos: Tensor
-    sin: Tensor
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), halves rotated as in Llama."""
 
     def __init__(self, d_head: int, max_seq_len: int, theta: float) -> None:
         super().__init__()
         self.d_head, self.theta = d_head, theta
-        self.register_buffer("cos", torch.empty(0), persistent=False)
-        self.register_buffer("sin", torch.empty(0), persistent=False)
-        self._extend(max_seq_len, torch.device("cpu"))
+        # no buffers: a model built on the meta device and filled later would hold tables of garbage
+        self.cos, self.sin = self._tables(max_seq_len, torch.device("cpu"))
 
-    def _extend(self, length: int, device: torch.device) -> None:
+    @torch.inference_mode(False)  # tables made in an evaluation must serve training too
+    def _tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # computed on the CPU whatever the default device: other devices have no float64, and meta no values
-        exact = {"dtype": torch.float64, "device": "cpu"}
-        frequencies = self.theta ** (-torch.arange(0, self.d_head, 2, **exact) / self.d_head)
-        angles = torch.arange(length, **exact)[:, None] * frequencies
-        self.cos = angles.cos().float().repeat(1, 2).to(device)
-        self.sin = angles.sin().float().repeat(1, 2).to(device)
+        steps = torch.arange(0, self.d_head, 2, dtype=torch.float64, device="cpu")
+        positions = torch.arange(length, dtype=torch.float64, device="cpu")
+        angles = positions[:, None] * self.theta ** (-steps / self.d_head)
+        return angles.cos().float().repeat(1, 2).to(device), angles.sin().float().repeat(1, 2).to(device)
 
     def forward(self, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[S, N]` of positions start..start+length-1, in the type of `like`."""
-        if self.cos.shape[0] < start + length or self.cos.device != like.device or self.cos.is_meta:
-            self._extend(max(self.cos.shape[0], 2 * (start + length)), like.device)
+        held = self.cos.shape[0]
+        if held < start + length:
+            self.cos, self.sin = self._tables(2 * (start + length), like.device)
+        elif self.cos.device != like.device:
+            self.cos, self.sin = self._tables(held, like.device)
         part = slice(start, start + length)
         return self.cos[part].to(like.dtype), self.sin[part].to(like.dtype)
 
@@ -64,7 +64,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention on `[B, S, D]`; `qk_norm` normalises queries and keys per head or over all heads."""
+    """Multi-head attention on `[B, S, D]`; `qk_norm` normalises queries and keys, by head or over all."""
 
     def __init__(
         self,
@@ -104,12 +104,11 @@ class Attention(nn.Module):
             cache: held keys and values, to which the new ones are appended.
             layer: number of the layer in the cache.
         """
-        batch, length, _ = x.shape
         widths = [self.n_heads * self.d_head, self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_head]
         q, k, v = self.qkv(x).split(widths, dim=-1)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (part.view(batch, length, -1, self.d_head).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (part.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for part in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = rotary
@@ -119,7 +118,7 @@ class Attention(nn.Module):
         if self.n_kv_heads != self.n_heads:
             k, v = (part.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for part in (k, v))
         mixed = attention(q, k.to(q.dtype), v.to(q.dtype), mask)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 def attention_mask(
@@ -130,10 +129,10 @@ def attention_mask(
     segment_ids: Tensor | None = None,
     token_mask: Tensor | None = None,
 ) -> Tensor | None:
-    """`[B, 1, S, L]` bool: causal, inside one document, never at padding; None where plain causal attention says all.
+    """`[B, 1, S, L]` bool: causal, inside one document, never at padding; None where causal says all.
 
-    `segment_ids` and `token_mask` `[B, L]` cover held and new tokens. Every query may attend to itself, padding too,
-    so that no row is empty.
+    `segment_ids` and `token_mask` `[B, L]` cover held and new tokens. Every query may attend to itself,
+    padding too, so that no row is empty.
     """
     if segment_ids is None and token_mask is None and (held == 0 or new == 1):
         return None

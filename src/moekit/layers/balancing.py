@@ -1,7 +1,7 @@
 """Auxiliary losses that keep the experts' load even. All unweighted: coefficients enter once, in training.
 
-Shapes: T tokens, E experts, B sequences. f is an expert's share of the choices (sums to 1, no gradient), P its mean
-probability (sums to 1). Padding counts nowhere.
+Shapes: T tokens, E experts, B sequences. f is an expert's share of the choices (sums to 1, no gradient), P
+its mean probability (sums to 1). Padding counts nowhere.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from moekit.layers.plan import RoutingContext, RoutingPlan, mean_over_tokens
 
 
 def load_balance_loss(probs: Tensor, counts: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """E * sum(f * P): 1 at perfect balance, E where one expert takes all (Fedus et al. 2021, eq. 4, with f summing to 1).
+    """E * sum(f * P): 1 at perfect balance, E where one expert takes all.
 
-    Shapes: probs `[T, E]`, counts `[E]` choices per expert; these may cover more tokens than `probs` (the whole global
+    Fedus et al. 2021 (arXiv 2101.03961), eq. 4, with f summing to 1.
+
+    Shapes: probs `[T, E]`, counts `[E]` choices per expert; these may cover more tokens than `probs` (the
+    whole global
     batch: Qiu et al. 2025, arXiv 2501.11873).
 
     >>> import torch
     >>> float(load_balance_loss(torch.full((4, 2), 0.5), torch.tensor([2, 2])))
     1.0
-    >>> round(float(load_balance_loss(torch.tensor([[0.9, 0.1]] * 4), torch.tensor([4, 0]))), 4)     # 2 * (1 * 0.9)
+    >>> loss = load_balance_loss(torch.tensor([[0.9, 0.1]] * 4), torch.tensor([4, 0]))
+    >>> round(float(loss), 4)    # 2 * (1 * 0.9)
     1.8
     """
     share = counts.to(probs) / counts.sum().clamp(min=1)
@@ -38,7 +42,11 @@ def sequence_balance_loss(
     """
     batch, length = batch_shape
     n_experts = probs.shape[-1]
-    mask = torch.ones(batch, length, 1, device=probs.device) if token_mask is None else token_mask.view(batch, length, 1)
+    mask = (
+        torch.ones(batch, length, 1, device=probs.device)
+        if token_mask is None
+        else token_mask.view(batch, length, 1)
+    )
     probs, chosen = (part.view(batch, length, n_experts) * mask for part in (probs, chosen))
     share = chosen.sum(dim=1) / chosen.sum(dim=(1, 2))[:, None].clamp(min=1)
     mean_probs = probs.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
@@ -80,7 +88,7 @@ def load_loss(load_probs: Tensor, token_mask: Tensor | None = None) -> Tensor:
 
 
 def balance_losses(plan: RoutingPlan, context: RoutingContext, config: BalanceConfig) -> dict[str, Tensor]:
-    """The unweighted losses of one call of a layer, those of `config` with a coefficient above 0 and the router's own."""
+    """The losses of one call: those with a coefficient above 0 in `config`, and the router's own."""
     losses = dict(plan.losses)
     probs, logits, mask = plan.router_probs, plan.router_logits, plan.token_mask
     if config.load_balance > 0 and probs is not None:

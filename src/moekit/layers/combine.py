@@ -13,9 +13,11 @@ def combine(answers: Tensor, plan: RoutingPlan, how: str = "weighted_sum") -> Te
 
     - "weighted_sum": the sum of the answers, each times its row weight.
     - "winner": the answer of the expert with the largest weight, as it is. The plan must hold winners only
-      (`plan.winners()`, so that nobody else computes). The router still learns, by the gradient of log(weight).
-    - "vote_soft", "vote_hard": each expert answers by itself, its answer read as class logits; the result is the mean
-      of the experts' class probabilities, or the share of experts that name each class (its gradient is the soft one).
+      (`plan.winners()`, so that nobody else computes). The router still learns, by the gradient of
+      log(weight).
+    - "vote_soft", "vote_hard": each expert answers by itself, its answer read as class logits; the result is
+      the mean of the experts' class probabilities, or the share of experts that name each class (its gradient
+      is the soft one).
     """
     if plan.slots is not None:
         return _combine_slots(answers, plan)

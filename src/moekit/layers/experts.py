@@ -61,7 +61,8 @@ class StackedMLP(nn.Module):
 class ModuleExperts(nn.ModuleList):
     """Experts of any structure: one module each, called on the rows of its tokens `[r, D] -> [r, O]`.
 
-    Errors: `ConfigError` where the modules return vectors of different widths, or of another width than `d_out`.
+    Errors: `ConfigError` where the modules return vectors of different widths, or of another width than
+    `d_out`.
     """
 
     def __init__(self, modules: Iterable[nn.Module] | None = None, d_out: int | None = None) -> None:
@@ -139,7 +140,9 @@ class ExpertGroups(nn.Module):
 class SharedExpert(nn.Module):
     """An MLP that every token passes, optionally scaled by a learned sigmoid of the token (Qwen2-MoE)."""
 
-    def __init__(self, d_model: int, width: int, *, activation: str, bias: bool = False, gated: bool = False) -> None:
+    def __init__(
+        self, d_model: int, width: int, *, activation: str, bias: bool = False, gated: bool = False
+    ) -> None:
         super().__init__()
         self.mlp = MLP(d_model, width, activation=activation, bias=bias)
         self.gate = nn.Linear(d_model, 1, bias=False) if gated else None

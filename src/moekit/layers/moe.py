@@ -1,16 +1,15 @@
 """The Mixture-of-Experts layer: router, dispatch, experts, combine.
 
-Shape legend: B batch, S sequence, T = B*S tokens, D d_model, E experts, K top_k, R routed rows, O output width.
+Shape legend: B batch, S sequence, T = B*S tokens, D d_model, E experts, K top_k, R rows, O output width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moekit.config.errors import ConfigError, require
@@ -41,8 +40,8 @@ class MoEOutput:
 class MoE(nn.Module):
     """A sparse feed-forward block on `[..., D]`: each token visits the experts that its router chooses.
 
-    Give a `MoEConfig`, or its fields as keyword arguments; `experts` takes modules of any structure instead of
-    the stacked MLPs.
+    Give a `MoEConfig`, or its fields as keyword arguments; `experts` takes modules of any structure instead
+    of the stacked MLPs.
 
     Errors: `ConfigError` for a value that breaks a rule, naming field, value and remedy.
 
@@ -63,12 +62,17 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         if config is not None and fields:
-            raise ConfigError(f"give a config or keyword arguments, not both; got config and {', '.join(fields)}")
+            raise ConfigError(
+                f"give a config or keyword arguments, not both; got config and {', '.join(fields)}"
+            )
         if config is None:
             if experts is not None:
                 fields.setdefault("n_experts", len(experts))
             if "router_options" in fields:
-                fields["router"] = {"name": fields.get("router", "softmax"), "options": fields.pop("router_options")}
+                fields["router"] = {
+                    "name": fields.get("router", "softmax"),
+                    "options": fields.pop("router_options"),
+                }
             config = MoEConfig.from_dict(fields, where="moe")
         require(d_model >= 1, "d_model", d_model, "must be at least 1")
         self.d_model, self.config = d_model, config
@@ -76,17 +80,23 @@ class MoE(nn.Module):
         self.experts = _build_experts(d_model, config, experts)
         self.shared = None
         if config.n_shared_experts:
-            require(config.d_out in (None, d_model), "d_out", config.d_out,
-                    f"must be d_model ({d_model}) with shared experts", "Remove d_out or n_shared_experts")  # fmt: skip
+            require(
+                config.d_out in (None, d_model), "d_out", config.d_out,
+                f"must be d_model ({d_model}) with shared experts", "Remove d_out or n_shared_experts",
+            )  # fmt: skip
             self.shared = SharedExpert(
-                d_model, config.shared_width, activation=config.activation, bias=config.bias, gated=config.shared_gate
+                d_model,
+                config.shared_width,
+                activation=config.activation,
+                bias=config.bias,
+                gated=config.shared_gate,
             )
         out = config.d_out if config.d_out is not None else d_model
         self.linear = nn.Linear(d_model, out, bias=False) if config.linear_path else None
 
     @property
     def causal(self) -> bool:
-        """False where a token's answer can depend on later tokens, by its router or by dropping the improbable."""
+        """False where an answer can depend on later tokens, by the router or by dropping the improbable."""
         drops_by_rank = self.config.capacity_factor is not None and self.config.drop_policy == "probability"
         return self.router.causal and not drops_by_rank
 
@@ -132,7 +142,7 @@ class MoE(nn.Module):
         return plan.winners() if self.config.combine == "winner" else plan
 
     def _limited(self, plan: RoutingPlan) -> RoutingPlan:
-        """The plan without the rows that find their expert full: capacity_factor * T * K / E rows, padding apart."""
+        """The plan without the rows beyond an expert's capacity_factor * T * K / E (real tokens only)."""
         if self.config.capacity_factor is None:
             return plan
         n_tokens = plan.n_tokens if plan.token_mask is None else int(plan.token_mask.sum())
@@ -146,9 +156,12 @@ class MoE(nn.Module):
         token_ids, token_mask, segment_ids, earlier_counts = parts
         token_mask = None if token_mask is None else token_mask.bool()  # tokenizers give 0 and 1
         leading = hidden_states.shape[:-1]
-        for name, value in (("token_ids", token_ids), ("token_mask", token_mask), ("segment_ids", segment_ids)):
-            require(value is None or value.shape == leading, name, None if value is None else tuple(value.shape),
-                    f"must have the leading shape of hidden_states {tuple(leading)}")  # fmt: skip
+        given = {"token_ids": token_ids, "token_mask": token_mask, "segment_ids": segment_ids}
+        for name, value in given.items():
+            require(
+                value is None or value.shape == leading, name, None if value is None else tuple(value.shape),
+                f"must have the leading shape of hidden_states {tuple(leading)}",
+            )  # fmt: skip
         n_tokens = leading.numel()
         length = leading[-1] if len(leading) > 1 else n_tokens
         shape = (n_tokens // max(length, 1), length)

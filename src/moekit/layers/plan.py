@@ -1,7 +1,7 @@
 """The routing plan: the one type that every router returns and every later step reads.
 
-Shapes: T tokens (all positions of the batch, flattened), E experts a router chooses from (null experts behind the
-real ones), K choices per token, R routed rows, D model width.
+Shapes: T tokens (all positions of the batch, flattened), E experts a router chooses from (null experts behind
+the real ones), K choices per token, R routed rows, D model width.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class RoutingPlan:
         requested_per_expert: `[E]` choices before any was dropped for capacity; padding does not count.
         token_mask: `[T]` False at padding, or None.
         batch_shape: (B, S) with B * S = T.
-        load_probs: `[T, E]` probability that an expert is chosen under the routing noise (noisy top-k), or None.
+        load_probs: `[T, E]` probability that an expert is chosen under the routing noise (noisy top-k), or
+            None.
         losses: losses that the router brings by itself, by name, times its own (adaptive) coefficient.
         slots: the dense weights of Soft MoE, else None; the rows are then the slots.
     """
@@ -183,7 +184,8 @@ class RoutingPlan:
     def limited_to(self, capacity: int, drop_policy: str = "position") -> RoutingPlan:
         """The plan with at most `capacity` rows per expert.
 
-        "position" keeps the earliest tokens (which never looks ahead); "probability" keeps the largest weights.
+        "position" keeps the earliest tokens (which never looks ahead); "probability" keeps the largest
+        weights.
         """
         rows = self.token_index.shape[0]
         starts = self.tokens_per_expert.cumsum(0) - self.tokens_per_expert

@@ -1,7 +1,7 @@
 """Routing statistics that add up: over micro-batches, batches and layers' calls, without rounding.
 
-Counts are integers, so a sum over micro-batches equals the single pass exactly. They come from the plan that the
-layer returned, so recomputing activations counts nothing twice.
+Counts are integers, so a sum over micro-batches equals the single pass exactly. They come from the plan that
+the layer returned, so recomputing activations counts nothing twice.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RoutingStats:
         return float(load.max() / load.mean().clamp(min=1e-300) - 1) if load.sum() > 0 else 0.0
 
     def load_entropy(self) -> float:
-        """Entropy of the load over log E: 1 at perfect balance (so for a single expert), 0 where one takes all."""
+        """Entropy of the load over log E: 1 at perfect balance (or one expert), 0 where one takes all."""
         load = self.load()
         return float(torch.special.entr(load).sum()) / math.log(len(load)) if len(load) > 1 else 1.0
 
@@ -94,7 +94,7 @@ class RoutingStats:
         return float((self.requested_per_expert.sum() - self.dropped) / self.n_tokens.clamp(min=1))
 
     def load_balance_loss(self) -> float:
-        """E * sum(f * P) over all that was added up; 1 at perfect balance, nan without router probabilities."""
+        """E * sum(f * P) over all that was added up: 1 at perfect balance, nan without probabilities."""
         if self.prob_sum.sum() == 0:
             return float("nan")
         mean_probs = self.prob_sum / self.n_tokens

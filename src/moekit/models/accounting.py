@@ -1,9 +1,9 @@
 """What a configuration will cost, before a module exists: parameters, active parameters and FLOPs per token.
 
-A multiply-add counts as two FLOPs. Counted are the matrix products (attention's scores and values among them, the
-output matrix too), not norms, activations or softmax. "Active" is what one token touches: everything but the routed
-experts it does not visit; embeddings count in full. A router with a variable number of experts per token counts with
-its `top_k`.
+A multiply-add counts as two FLOPs. Counted are the matrix products (attention's scores and values among them,
+the output matrix too), not norms, activations or softmax. "Active" is what one token touches: everything but
+the routed experts it does not visit; embeddings count in full. A router with a variable number of experts per
+token counts with its `top_k`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ AnyConfig = ModelConfig | TransformerXLConfig
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters of one part of a model: stored, touched per token, and those among them that multiply each token."""
+    """Parameters of a part of a model: stored, touched by a token, and those that multiply a token."""
 
     total: int
     active: int
@@ -46,8 +46,8 @@ def flops_per_token(config: AnyConfig, context: int | None = None, training: boo
 
     Args:
         config: the model.
-        context: keys a token attends to, on average; where None, that of a full causal sequence of `max_seq_len`
-            (and a full memory for Transformer-XL).
+        context: keys a token attends to, on average; where None, that of a full causal sequence of
+            `max_seq_len` (and a full memory for Transformer-XL).
         training: count the backward pass too.
     """
     if context is None:

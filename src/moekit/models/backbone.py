@@ -20,7 +20,7 @@ from moekit.layers.plan import RoutingPlan
 
 @dataclass
 class BackboneOutput:
-    """Hidden states `[B, S, D]` after the last norm, mean auxiliary losses, and the plan of each sparse layer."""
+    """Hidden states `[B, S, D]` after the last norm, mean auxiliary losses, the plan of each sparse layer."""
 
     hidden_states: Tensor
     aux_losses: dict[str, Tensor] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Backbone(nn.Module):
     @property
     def moe_layers(self) -> list[MoE]:
         """The sparse feed-forward blocks, first layer first."""
-        return [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoE)]  # type: ignore[misc]
+        return [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MoE)]
 
     def forward(
         self,
@@ -119,7 +119,9 @@ class Backbone(nn.Module):
         batch, length, _ = x.shape
         held = cache.length if cache is not None else 0
         if cache is not None and (segment_ids is not None or token_mask is not None):
-            raise ConfigError("a cache cannot be used with segment_ids or token_mask; generate one document per row")
+            raise ConfigError(
+                "a cache cannot be used with segment_ids or token_mask; generate one document per row"
+            )
         mask = attention_mask(batch, length, held, x.device, segment_ids, token_mask)
         rotary = self.rotary(held, length, x)
         inputs = LayerInputs(rotary, mask, token_ids, token_mask, segment_ids, cache)
@@ -152,8 +154,8 @@ class Backbone(nn.Module):
                 nn.init.normal_(module.weight, std=back if is_back else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        from moekit.layers.experts import StackedMLP  # noqa: PLC0415
-        from moekit.layers.routing import LearnedRouter  # noqa: PLC0415
+        from moekit.layers.experts import StackedMLP
+        from moekit.layers.routing import LearnedRouter
 
         for module in self.modules():
             if isinstance(module, StackedMLP):

@@ -10,9 +10,9 @@ from moekit.config.model import ModelConfig, TransformerXLConfig
 def build_model(config: ModelConfig | TransformerXLConfig) -> nn.Module:
     """The language model that `config.kind` names, with initial weights from torch's global generator."""
     if isinstance(config, TransformerXLConfig):
-        from moekit.models.transformer_xl import TransformerXL  # noqa: PLC0415
+        from moekit.models.transformer_xl import TransformerXL
 
         return TransformerXL(config)
-    from moekit.models.language_model import LanguageModel  # noqa: PLC0415
+    from moekit.models.language_model import LanguageModel
 
     return LanguageModel(config)

@@ -21,7 +21,9 @@ class LanguageModelHead(nn.Module):
         return F.linear(hidden_states, self.weight)
 
     def loss(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Mean cross-entropy in nats, the losses `[B, S]` float32 (0 where the target is -100), and how many counted."""
+        """Mean cross-entropy in nats, losses `[B, S]` float32 (0 where ignored), and how many counted."""
         flat = targets.reshape(-1)
-        mean, each = linear_cross_entropy(hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight, flat)
+        mean, each = linear_cross_entropy(
+            hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight, flat
+        )
         return mean, each.view(targets.shape), int((flat != IGNORED).sum())

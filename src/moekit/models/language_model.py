@@ -77,7 +77,9 @@ class LanguageModel(nn.Module):
             return_logits: False saves the `[B, S, V]` tensor where only the loss is needed.
             return_token_losses: also return the loss of each position.
         """
-        require(token_ids.dim() == 2, "token_ids", tuple(token_ids.shape), "must have shape [batch, sequence]")
+        require(
+            token_ids.dim() == 2, "token_ids", tuple(token_ids.shape), "must have shape [batch, sequence]"
+        )
         require(memory is None, "memory", type(memory).__name__, "must be None: a decoder carries no memory",
                 "Pass a cache for generation")  # fmt: skip
         out = self.backbone(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from moekit.config.errors import ConfigError
 from moekit.config.model import ModelConfig, TransformerXLConfig
@@ -13,7 +14,7 @@ WIDTH_STEP = 8
 
 
 def dense_twin(config: ModelConfig, equal: Literal["active", "total"] = "active") -> ModelConfig:
-    """The same decoder without experts, its feed-forward width chosen for equal active or equal total parameters.
+    """The same decoder without experts, of a width that gives equal active or equal total parameters.
 
     The twin has at least as many parameters as asked for, by less than one step of eight columns per layer.
 
@@ -25,12 +26,20 @@ def dense_twin(config: ModelConfig, equal: Literal["active", "total"] = "active"
     if config.moe is None:
         return config
     target = active_parameters(config) if equal == "active" else total_parameters(config)
-    width = _width(lambda d_ff: total_parameters(config.replace(moe=None, n_dense_layers=0, moe_every=1, d_ff=d_ff)), target)
+    width = _width(
+        lambda d_ff: total_parameters(config.replace(moe=None, n_dense_layers=0, moe_every=1, d_ff=d_ff)),
+        target,
+    )
     return config.replace(moe=None, n_dense_layers=0, moe_every=1, d_ff=width)
 
 
-def transformer_xl_twin(config: ModelConfig, memory_length: int | None = None) -> TransformerXLConfig:
-    """Transformer-XL of the same width, depth and heads with at least the active parameters of `config`."""
+def transformer_xl_twin(
+    config: ModelConfig, memory_length: int | None = None, **fields: Any
+) -> TransformerXLConfig:
+    """Transformer-XL of the same width, depth and heads with at least the active parameters of `config`.
+
+    `fields` sets further fields of its configuration, such as `pre_norm`.
+    """
     base = TransformerXLConfig(
         vocab_size=config.vocab_size,
         d_model=config.d_model,
@@ -40,13 +49,13 @@ def transformer_xl_twin(config: ModelConfig, memory_length: int | None = None) -
         max_seq_len=config.max_seq_len,
         memory_length=config.max_seq_len if memory_length is None else memory_length,
         tie_embeddings=config.tie_embeddings,
-    )
+    ).replace(**fields)
     target = active_parameters(config)
     return base.replace(d_ff=_width(lambda d_ff: total_parameters(base.replace(d_ff=d_ff)), target))
 
 
-def _width(parameters_at, target: int) -> int:  # type: ignore[no-untyped-def]
-    """The smallest multiple of `WIDTH_STEP` whose model has at least `target` parameters; parameters grow linearly."""
+def _width(parameters_at: Callable[[int], int], target: int) -> int:
+    """The smallest multiple of `WIDTH_STEP` with at least `target` parameters, which grow linearly."""
     at_one, at_two = parameters_at(WIDTH_STEP), parameters_at(2 * WIDTH_STEP)
     slope = at_two - at_one
     steps = 1 + max(0, -(-(target - at_one) // slope))

@@ -68,7 +68,7 @@ def run_quickstart(
     for name in MODELS:
         say(f"Training {name} ({base.train.steps} steps of {base.train.batch_size * base.data.seq_len:,} tokens)")
         with PeakMemory(base.train.device if base.train.device != "auto" else "cpu") as memory:
-            result = train_run(model_run(base, name, recipe["lr"]), data=data, quiet=quiet)
+            result = train_run(model_run(base, name, recipe), data=data, quiet=quiet)
         peaks[name] = memory.bytes
         runs[name] = load_run(result.folder)
     say("Evaluating")
@@ -101,15 +101,15 @@ def base_config(
     return config.replace(train=train, data=config.data.replace(offline=offline))
 
 
-def model_run(base: RunConfig, name: str, lr: Mapping[str, float]) -> RunConfig:
+def model_run(base: RunConfig, name: str, recipe: Mapping[str, Any]) -> RunConfig:
     """The run of one of the three models: the same data and training, its own learning rate."""
     assert isinstance(base.model, ModelConfig)
     models: dict[str, ModelConfig | TransformerXLConfig] = {
         "moe": base.model,
         "dense": dense_twin(base.model),
-        "transformer_xl": transformer_xl_twin(base.model),
+        "transformer_xl": transformer_xl_twin(base.model, **recipe["transformer_xl"]),
     }
-    optimizer = base.train.optimizer.replace(lr=lr[name])
+    optimizer = base.train.optimizer.replace(lr=recipe["lr"][name])
     return base.replace(name=name.replace("_", "-"), model=models[name], train=base.train.replace(optimizer=optimizer))
 
 

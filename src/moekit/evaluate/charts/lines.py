@@ -24,6 +24,7 @@ class Series:
         colour: a name of `theme.COLOURS`; by default the next series colour.
         dash: an SVG dash pattern; by default one per series, so that lines differ without colour.
         low, high: a range shaded around the line (several seeds, a confidence interval).
+        note: shown after the name in the legend, such as the last value.
         faint: thin and pale, without a legend entry: the raw values behind a smoothed line.
     """
 
@@ -35,6 +36,7 @@ class Series:
     low: Values | None = None
     high: Values | None = None
     faint: bool = False
+    note: str = ""
 
 
 def line_chart(series: Sequence[Series], *, title: str, standalone: bool = False, **options: object) -> str:
@@ -143,13 +145,14 @@ def _legend(drawing: Drawing, shown: list[tuple[Series, tuple[str, str]]], width
     """Names with a piece of their line, wrapped to the width; returns the height used."""
     x, row = 0.0, 0
     for line, (colour, dash) in shown:
-        name = shorten(line.name, TEXT_SIZE, width - 34)
+        full = f"{line.name} {line.note}".strip()
+        name = shorten(full, TEXT_SIZE, width - 34)
         needed = 28 + text_width(name, TEXT_SIZE) + 18
         if x > 0 and x + needed - 18 > width:
             x, row = 0.0, row + 1
         y = top + 19 * row + 9
         drawing.line(x, y, x + 22, y, stroke=colour, thickness=2.5, dash=dash)
-        drawing.text(x + 28, y + 4, name, size=TEXT_SIZE, tip=line.name if name != line.name else None)
+        drawing.text(x + 28, y + 4, name, size=TEXT_SIZE, tip=full if name != full else None)
         x += needed
     return 19.0 * (row + 1) + 5 if shown else 0.0
 

@@ -2,7 +2,7 @@
 
 The first four series colours keep apart for the three kinds of colour blindness (distance in OKLab under the
 simulation of Machado et al. 2009), and all reach a contrast of 4.5 : 1 on their background;
-`tests/evaluate/test_charts.py` measures both. Charts never rely on colour alone: lines also differ in dashes.
+`tests/evaluate/test_chart_theme.py` measures both. Lines also differ in dashes, never in colour alone.
 """
 
 from __future__ import annotations

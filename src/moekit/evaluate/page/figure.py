@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from moekit.evaluate.charts import draw_multiples
-from moekit.evaluate.charts.numbers import format_count, is_number
+from moekit.evaluate.charts.numbers import format_count
 from moekit.evaluate.page.headline import are_equal, make_headline, present
 from moekit.evaluate.page.losses import draw_loss
-from moekit.evaluate.page.routing import draw_experts, overlap
+from moekit.evaluate.page.routing import draw_experts, full_colour, overlap
 from moekit.evaluate.page.schema import check_report
 
 _HEIGHT = 392.0
@@ -44,10 +44,9 @@ def summary_figure(report: Mapping[str, Any]) -> str:
         n_experts = len(layer["share"][0])
         room = _HEIGHT - 68
         room -= 0 if room / n_experts >= 13 else 28  # cells too low for values get a key below them
-        shares = [value for row in layer["share"] for value in row if is_number(value)]
         panels.append(
             draw_experts(
-                table["domains"], layer, max(shares, default=1.0), 880.0 - 528.0 - 36.0, transposed=True,
+                table["domains"], layer, full_colour([layer]), 880.0 - 528.0 - 36.0, transposed=True,
                 heading=f"Experts by domain, layer {layer['layer']}", cell_height=room / n_experts,
             )
         )  # fmt: skip

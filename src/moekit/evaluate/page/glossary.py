@@ -55,7 +55,7 @@ _TERMS = (
     ("Load", "The share of routed tokens that an expert receives.", "moe"),
     (
         "Max violation",
-        "(largest load − mean load) / mean load, per layer; the report gives the mean over layers.",
+        "(largest load − mean load) / mean load, per layer; the report gives the worst layer.",
         "moe",
     ),
     (

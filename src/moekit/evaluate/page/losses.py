@@ -64,7 +64,6 @@ def draw_loss(
     *,
     height: float = 330,
     heading: str | None = None,
-    labels: str = "legend",
 ) -> Drawing:
     """Loss of each model over `axis` ("tokens" or "seconds", divided by `unit`)."""
     models = {name: report["models"][name] for name in present(report) if report["models"][name]["curve"]}
@@ -76,8 +75,8 @@ def draw_loss(
         if key == "loss":
             raw = points(model["curve"], key, axis)[1]
             lines.append(Series(name, [v / unit for v in x], raw, colour=colour, faint=True))
-        final = f" {format_number(y[-1], 3)}" if y and labels == "legend" else ""
-        lines.append(Series(f"{MODEL_NAMES[name]}{final}", [v / unit for v in x], y, colour, dash))
+        final = format_number(y[-1]) if y else ""
+        lines.append(Series(MODEL_NAMES[name], [v / unit for v in x], y, colour, dash, note=final))
     references, marks = _crossing(models, key, axis, unit)
     ends = ", ".join(
         f"{MODEL_NAMES[n]} {format_number(final_loss(m['curve'], key))}" for n, m in models.items()
@@ -98,7 +97,6 @@ def draw_loss(
         value_format=format_number,
         references=references,
         marks=marks,
-        labels=labels,
     )
 
 

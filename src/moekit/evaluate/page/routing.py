@@ -49,7 +49,7 @@ def load_section(report: Report) -> str:
     history = [point for point in balance.get("history") or [] if is_number(point["max_violation"])]
     course = ""
     if len(history) > 1:
-        course = figure(lambda width: _draw_history(history, width), wide=1100.0)
+        course = figure(lambda width: _draw_history(history, width), wide=760.0)
     return section(
         "load",
         "Load of the experts",
@@ -125,15 +125,22 @@ def overlap(share: Share) -> float | None:
     return sum(pairs) / len(pairs) if pairs else None
 
 
+def full_colour(layers: Sequence[Mapping[str, Any]]) -> float:
+    """The share drawn in full colour: the largest, or three times the even share if none is as large.
+
+    So an even map is pale, and what stands out in it really does.
+    """
+    rows = [row for layer in layers for row in layer["share"]]
+    shares = [value for row in rows for value in row if is_number(value)]
+    return max([*shares, *(3 / len(row) for row in rows if row)], default=1.0)
+
+
 def experts_section(report: Report) -> str:
     """A heat map per layer: which experts serve which domain."""
     table = report["experts_by_domain"]
     if not table or not table["layers"] or not table["domains"]:
         return ""
-    shares = [
-        value for layer in table["layers"] for row in layer["share"] for value in row if is_number(value)
-    ]
-    highest = max(shares, default=1.0)
+    highest = full_colour(table["layers"])
     maps = [
         figure(lambda width, layer=layer: draw_experts(table["domains"], layer, highest, width))  # type: ignore[misc]
         for layer in table["layers"]

@@ -21,7 +21,8 @@ models            {dense | transformer_xl | moe: model}; at least one
 to_dense_loss     {steps_share, seconds_share}: of what the dense twin took in all, for the MoE to reach the
                   dense twin's final loss; null where it never did or where one of the two is missing
 balance           of the MoE on the validation set, or null without one:
-                  {max_violation, load_entropy (divided by log of the number of experts: 1 is even),
+                  {max_violation (of the worst layer), load_entropy (mean over layers, divided by the log of
+                   the number of experts: 1 is even),
                    dead_experts, dropped_share,
                    layers: [{layer: int, load: [share per expert], max_violation}],
                    history: [{step, max_violation}]}

@@ -17,14 +17,16 @@ from moekit.layers.statistics import RoutingStats
 class TopPRouter(LearnedRouter):
     """The fewest experts whose probabilities reach p together (Huang et al. 2024, arXiv 2403.07652).
 
-    `top_k` is the most a token may take. The loss "router_entropy" (their dynamic loss) keeps the distribution sharp;
-    without it a router can answer everything with a flat distribution and all experts.
+    `top_k` is the most a token may take. The loss "router_entropy" (their dynamic loss) keeps the
+    distribution sharp; without it a router can answer everything with a flat distribution and all experts.
     """
 
     supports_bias = True
 
     class Options(StrictConfig):
-        p: float = Field(default=0.4, gt=0, le=1, description="probability that the chosen experts must reach")
+        p: float = Field(
+            default=0.4, gt=0, le=1, description="probability that the chosen experts must reach"
+        )
         entropy_coefficient: float = Field(default=1e-3, ge=0, description="coefficient of the entropy loss")
         normalize: bool = Field(default=True, description="scale the chosen probabilities to sum to 1")
 
@@ -45,25 +47,34 @@ class TopPRouter(LearnedRouter):
         entropy = torch.special.entr(probs.clamp(min=1e-20)).sum(dim=-1)
         loss = self.options.entropy_coefficient * mean_over_tokens(entropy, context.token_mask)
         return RoutingPlan.from_mask(
-            chosen, weights, context, router_logits=logits, router_probs=probs, losses={"router_entropy": loss}
+            chosen,
+            weights,
+            context,
+            router_logits=logits,
+            router_probs=probs,
+            losses={"router_entropy": loss},
         )
 
 
 @register_router("threshold")
 class ThresholdRouter(LearnedRouter):
-    """Every expert whose ReLU output is positive, fully differentiable (ReMoE, Wang et al. 2024, arXiv 2412.14711).
+    """Every expert whose ReLU output is positive: differentiable (ReMoE, Wang et al. 2024, arXiv 2412.14711).
 
-    An L1 loss, weighted by the load of each expert so that it balances too, drives the mean number of active experts
-    to `top_k`; its coefficient adapts after each step: times `growth` while too many are active, divided by it
-    while too few are (eq. 10 and 12).
+    An L1 loss, weighted by the load of each expert so that it balances too, drives the mean number of active
+    experts to `top_k`; its coefficient adapts after each step: times `growth` while too many are active,
+    divided by it while too few are (eq. 10 and 12).
     """
 
     coefficient: Tensor
 
     class Options(StrictConfig):
-        initial_coefficient: float = Field(default=1e-8, gt=0, description="coefficient of the L1 loss at the start")
+        initial_coefficient: float = Field(
+            default=1e-8, gt=0, description="coefficient of the L1 loss at the start"
+        )
         growth: float = Field(default=1.2, gt=1, description="factor of the coefficient per step")
-        initial_bias: float = Field(default=0.0, description="added to the logits, so that experts start active")
+        initial_bias: float = Field(
+            default=0.0, description="added to the logits, so that experts start active"
+        )
 
     options: Options
 

@@ -1,4 +1,4 @@
-"""Routers that are balanced by construction: expert choice and balanced assignment. All of them look at the batch."""
+"""Routers balanced by construction, expert choice and balanced assignment: they look at the batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class ExpertChoiceRouter(LearnedRouter):
 
     class Options(StrictConfig):
         scope: Literal["sequence", "batch"] = Field(
-            default="sequence", description="an expert chooses among the tokens of each sequence, or of the batch"
+            default="sequence",
+            description="an expert chooses among the tokens of each sequence, or of the batch",
         )
 
     options: Options
@@ -43,25 +44,33 @@ class ExpertChoiceRouter(LearnedRouter):
         if context.token_mask is not None:
             # an expert's share is one of the tokens that count: padding must not enlarge it
             share = -(-self.top_k * context.token_mask.view(batch, length).sum(dim=1) // self.n_experts)
-            taken = taken & (torch.arange(capacity, device=tokens.device)[None, :] < share[:, None])[..., None]
+            taken = (
+                taken & (torch.arange(capacity, device=tokens.device)[None, :] < share[:, None])[..., None]
+            )
         chosen = torch.zeros(batch, length, self.n_experts, dtype=torch.bool, device=tokens.device)
         chosen = chosen.scatter_(1, index, taken).flatten(0, 1)
-        return RoutingPlan.from_mask(chosen, probs * chosen, context, router_logits=logits, router_probs=probs)
+        return RoutingPlan.from_mask(
+            chosen, probs * chosen, context, router_logits=logits, router_probs=probs
+        )
 
 
 @register_router("base")
 class BaseRouter(LearnedRouter):
-    """Balanced assignment in training, the best experts in evaluation (BASE, Lewis et al. 2021, arXiv 2103.16716).
+    """Balanced assignment in training, the best experts in evaluation (BASE, Lewis et al. 2021).
 
-    "sinkhorn" scales the affinities until all experts have equal mass and takes the best (Clark et al. 2022,
-    arXiv 2202.01169); "auction" solves the assignment, each token to one expert and T/E tokens per expert, for
-    `top_k` rounds. In training a choice depends on the whole batch, so a decoder must allow it expressly.
+    Papers: arXiv 2103.16716 and, for "sinkhorn", Clark et al. 2022, arXiv 2202.01169.
+
+    "sinkhorn" scales the affinities until all experts have equal mass and takes the best; "auction"
+    solves the assignment, each token to one expert and T/E tokens per expert, for `top_k` rounds. In training
+    a choice depends on the whole batch, so a decoder must allow it expressly.
     """
 
     causal = False
 
     class Options(StrictConfig):
-        method: Literal["sinkhorn", "auction"] = Field(default="sinkhorn", description="how the balance is reached")
+        method: Literal["sinkhorn", "auction"] = Field(
+            default="sinkhorn", description="how the balance is reached"
+        )
         iterations: int = Field(default=8, ge=1, description="rounds of Sinkhorn scaling")
 
     options: Options
@@ -89,16 +98,19 @@ class BaseRouter(LearnedRouter):
         for _ in range(self.top_k):
             # so low that a token meets an expert again only where the balance leaves no other way; it then
             # goes to its best new one
-            choice = auction(affinity.masked_fill(visited, float(affinity.min()) - 4.0 * spread), spread / 200)[:, None]
+            choice = auction(
+                affinity.masked_fill(visited, float(affinity.min()) - 4.0 * spread), spread / 200
+            )[:, None]
             best_new = affinity.masked_fill(visited, -torch.inf).argmax(dim=-1, keepdim=True)
             visited.scatter_(1, torch.where(visited.gather(1, choice), best_new, choice), True)
         return visited.nonzero()[:, 1].view(-1, self.top_k)
 
 
 def sinkhorn(affinity: Tensor, iterations: int) -> Tensor:
-    """Affinities `[T, E]` scaled in turn so that experts have equal mass and tokens mass 1; log domain, float32.
+    """Affinities `[T, E]` scaled until experts have equal mass and tokens mass 1; log domain, float32.
 
-    The tokens' scaling comes last: each row of the result's exponential sums to 1, the columns nearly to T / E.
+    The tokens' scaling comes last: each row of the result's exponential sums to 1, the columns nearly to T /
+    E.
     """
     log_plan = affinity.float()
     log_mass = math.log(max(affinity.shape[0], 1) / affinity.shape[1])
@@ -109,14 +121,16 @@ def sinkhorn(affinity: Tensor, iterations: int) -> Tensor:
 
 
 def auction(affinity: Tensor, epsilon: float | None = None, max_rounds: int = 2000) -> Tensor:
-    """Expert `[T]` of each token, every expert with floor or ceil of T/E tokens, near-maximal total affinity `[T, E]`.
+    """Expert `[T]` of each token: floor or ceil of T/E tokens each, near-maximal total affinity `[T, E]`.
 
-    Bertsekas' auction for the transportation problem: an unassigned token bids for its best expert the margin over
-    its second best; a full expert keeps its highest bidders and its price is the lowest bid it holds. The result
-    is within T * epsilon of the best total. Ends after `max_rounds` by filling up greedily.
+    Bertsekas' auction for the transportation problem: an unassigned token bids for its best expert the margin
+    over its second best; a full expert keeps its highest bidders and its price is the lowest bid it holds.
+    The result is within T * epsilon of the best total. Ends after `max_rounds` by filling up greedily.
+
+    Both prefer expert 0; the second token gives way at less cost:
 
     >>> import torch
-    >>> auction(torch.tensor([[3.0, 0.0], [2.0, 1.0]])).tolist()    # both prefer 0; the second gives way at less cost
+    >>> auction(torch.tensor([[3.0, 0.0], [2.0, 1.0]])).tolist()
     [0, 1]
     """
     affinity = affinity.double()

@@ -11,7 +11,8 @@ Example, a router of your own:
 ...         index = torch.zeros(tokens.shape[0], 1, dtype=torch.long)
 ...         return RoutingPlan.from_choices(index, torch.ones(index.shape), self.n_experts, context)
 >>> from moekit import MoE
->>> MoE(d_model=8, d_expert=8, n_experts=4, top_k=1, router="first_expert")(torch.zeros(3, 8)).routing.tokens_per_expert
+>>> layer = MoE(d_model=8, d_expert=8, n_experts=4, top_k=1, router="first_expert")
+>>> layer(torch.zeros(3, 8)).routing.tokens_per_expert
 tensor([3, 0, 0, 0])
 """
 
@@ -96,8 +97,8 @@ class Router(nn.Module):
         self.bias_update_rate = config.balance.bias_update_rate
         self.options = options
         require(
-            self.bias_update_rate == 0 or self.supports_bias, "balance.bias_update_rate", self.bias_update_rate,
-            f"must be 0 with router {self.name!r}, whose choice takes no bias",
+            self.bias_update_rate == 0 or self.supports_bias, "balance.bias_update_rate",
+            self.bias_update_rate, f"must be 0 with router {self.name!r}, whose choice takes no bias",
             f"Routers that do: {', '.join(sorted(n for n, c in ROUTERS.items() if c.supports_bias))}",
         )  # fmt: skip
         # selection only: the bias moves the choice, never the combine weight (DeepSeek-V3, arXiv 2412.19437)
@@ -115,8 +116,9 @@ class Router(nn.Module):
     def after_step(self, stats: RoutingStats, scale: float = 1.0) -> None:
         """Called once after each optimizer step with the routing of the whole step.
 
-        Auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664): b += rate * sign(mean load - load).
-        `scale` multiplies the rate (training passes its learning-rate schedule, so the bias settles with the weights).
+        Auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664): b += rate * sign(mean load -
+        load). `scale` multiplies the rate (training passes its learning-rate schedule, so the bias settles
+        with the weights).
         """
         if self.expert_bias is not None:
             load = stats.requested_per_expert.double()  # exact, whatever type the model was cast to

@@ -19,7 +19,7 @@ from moekit.layers.routing.base import LearnedRouter, Router, normalize_chosen, 
 
 @register_router("hash")
 class HashRouter(Router):
-    """A fixed pseudo-random choice by token id (Roller et al. 2021, arXiv 2106.04426): K distinct experts, equal weights."""
+    """K distinct experts by a hash of the token id, equal weights (Roller et al. 2021, arXiv 2106.04426)."""
 
     class Options(StrictConfig):
         seed: int = Field(default=0, ge=0, description="another seed gives another table")
@@ -28,7 +28,9 @@ class HashRouter(Router):
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         if context.token_ids is None:
-            raise ConfigError("router 'hash' chooses by token id; call the layer with token_ids=[...] of its input")
+            raise ConfigError(
+                "router 'hash' chooses by token id; call the layer with token_ids=[...] of its input"
+            )
         experts = torch.arange(self.n_experts, device=tokens.device)
         ids = context.token_ids.long()[:, None]  # in a narrower type the product would wrap to another table
         keys = _mix(ids * 0x9E3779B1 + experts[None] * 0x85EBCA77 + self.options.seed * 0xC2B2AE3D)
@@ -38,7 +40,7 @@ class HashRouter(Router):
 
 @register_router("random")
 class RandomRouter(Router):
-    """K experts drawn uniformly for every token, in training and in evaluation: the control of every comparison."""
+    """K experts drawn uniformly for every token, in evaluation too: the control of every comparison."""
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         draw = torch.rand(tokens.shape[0], self.n_experts, device=tokens.device)
@@ -49,7 +51,8 @@ class RandomRouter(Router):
 class Rule(StrictConfig):
     """Send the tokens after (or around) a keyword to an expert.
 
-    `token_ids` holds the keyword as the tokenizer writes it; several spellings are several entries. See `keyword_rules`.
+    `token_ids` holds the keyword as the tokenizer writes it; several spellings are several entries. See
+    `keyword_rules`.
     """
 
     expert: int = Field(ge=0, description="expert that answers")
@@ -60,28 +63,35 @@ class Rule(StrictConfig):
 class RuleRouter(LearnedRouter):
     """Rules over the input decide or bias the choice of a learned softmax top-k router.
 
-    `function(token_ids [B, S], n_experts) -> scores [B, S, E]` (padding has id -1), or `rules` with keywords, give a
-    score per token and expert. With mode "decide", a token with any positive score goes to its best-scored experts (at most `top_k`) and
-    all others are routed as learned; with "bias", `strength` times the score is added to the logits.
+    `function(token_ids [B, S], n_experts) -> scores [B, S, E]` (padding has id -1), or `rules` with keywords,
+    give a score per token and expert. With mode "decide", a token with any positive score goes to its
+    best-scored experts (at most `top_k`) and all others are routed as learned; with "bias", `strength` times
+    the score is added to the logits.
 
-    Keywords hold for the keyword alone ("token"), from it to the end of its document ("onward"), or for the whole
-    document ("sequence", which looks ahead and is therefore not causal; nor is a function, unless it says so by
-    `function_is_causal`).
+    Keywords hold for the keyword alone ("token"), from it to the end of its document ("onward"), or for the
+    whole document ("sequence", which looks ahead and is therefore not causal; nor is a function, unless it
+    says so by `function_is_causal`).
     """
 
     class Options(StrictConfig):
         rules: tuple[Rule, ...] = Field(default=(), description="keyword rules")
         function: Any = Field(default=None, description="a callable or its import path 'package.module:name'")
-        function_is_causal: bool = Field(default=False, description="the function never looks at later tokens")
+        function_is_causal: bool = Field(
+            default=False, description="the function never looks at later tokens"
+        )
         mode: Literal["decide", "bias"] = Field(default="decide", description="decide the choice or bias it")
-        strength: float = Field(default=2.0, gt=0, description="what a score of 1 adds to a logit in mode bias")
-        scope: Literal["token", "onward", "sequence"] = Field(default="onward", description="where a keyword holds")
+        strength: float = Field(
+            default=2.0, gt=0, description="what a score of 1 adds to a logit in mode bias"
+        )
+        scope: Literal["token", "onward", "sequence"] = Field(
+            default="onward", description="where a keyword holds"
+        )
 
         @model_validator(mode="after")
         def _callable(self) -> RuleRouter.Options:
             value = self.function
-            require(value is None or callable(value) or (isinstance(value, str) and ":" in value), "function", value,
-                    "must be a callable or an import path 'package.module:name'")  # fmt: skip
+            require(value is None or callable(value) or (isinstance(value, str) and ":" in value), "function",
+                    value, "must be a callable or an import path 'package.module:name'")  # fmt: skip
             return self
 
     options: Options
@@ -99,7 +109,9 @@ class RuleRouter(LearnedRouter):
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         if context.token_ids is None:
-            raise ConfigError("router 'rule' reads token ids; call the layer with token_ids=[...] of its input")
+            raise ConfigError(
+                "router 'rule' reads token ids; call the layer with token_ids=[...] of its input"
+            )
         logits = self.logits(tokens)
         scores = self._scores(context).to(logits)
         if self.options.mode == "bias":
@@ -132,16 +144,21 @@ class RuleRouter(LearnedRouter):
             scores[..., rule.expert] += _spread(hit, segments, self.options.scope)
         if self.function is not None:
             answer = self.function(text, self.n_experts)
-            require(tuple(answer.shape) == tuple(scores.shape), "router(rule).function", tuple(answer.shape),
-                    f"must return scores of shape {tuple(scores.shape)} (batch, sequence, experts)")  # fmt: skip
+            require(
+                answer.shape == scores.shape, "router(rule).function", tuple(answer.shape),
+                f"must return scores of shape {tuple(scores.shape)} (batch, sequence, experts)",
+            )  # fmt: skip
             scores = scores + answer
         return scores.flatten(0, 1)
 
 
-def keyword_rules(encode: Callable[[str], Sequence[int]], keywords: Mapping[int, Sequence[str]]) -> list[dict[str, Any]]:
+def keyword_rules(
+    encode: Callable[[str], Sequence[int]], keywords: Mapping[int, Sequence[str]]
+) -> list[dict[str, Any]]:
     """Rules for `router={"name": "rule", "rules": keyword_rules(...)}` from words per expert.
 
-    Each word is encoded as it is, with a leading space, capitalised, and both, because tokenizers write these apart.
+    Each word is encoded as it is, with a leading space, capitalised, and both, because tokenizers write these
+    apart.
 
     >>> keyword_rules(lambda text: [ord(c) for c in text], {0: ["ab"]})
     [{'expert': 0, 'token_ids': [[97, 98], [32, 97, 98], [65, 98], [32, 65, 98]]}]
@@ -159,7 +176,7 @@ def keyword_rules(encode: Callable[[str], Sequence[int]], keywords: Mapping[int,
 
 
 def _find(ids: Tensor, segments: Tensor, keyword: Sequence[int]) -> Tensor:
-    """`[B, S]` True at the last token of each occurrence inside one document (an earlier one would look ahead)."""
+    """`[B, S]` True at the last token of each occurrence in one document: an earlier one would look ahead."""
     length = len(keyword)
     hit = torch.zeros_like(ids, dtype=torch.bool)
     if length == 0 or length > ids.shape[1]:

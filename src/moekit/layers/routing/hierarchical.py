@@ -16,8 +16,8 @@ from moekit.layers.routing.base import LearnedRouter, normalize_chosen, register
 
 @register_router("hierarchical")
 class HierarchicalRouter(LearnedRouter):
-    """A primary router chooses groups, a secondary one experts inside each (Shazeer et al. 2017, appendix B; the
-    tree of Jordan and Jacobs 1994). An expert's probability is p(group) * p(expert | group).
+    """A primary router chooses groups, a secondary one experts inside each (Shazeer et al. 2017, appendix B;
+    the tree of Jordan and Jacobs 1994). An expert's probability is p(group) * p(expert | group).
 
     A token takes top_k / top_groups experts from each of its groups.
     """

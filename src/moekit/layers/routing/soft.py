@@ -18,8 +18,9 @@ from moekit.layers.routing.base import LearnedRouter, register_router
 
 @register_router("soft")
 class SoftMoERouter(LearnedRouter):
-    """Every slot is a blend of all tokens of a sequence, every token a blend of all slots (Puigcerver et al. 2023,
-    arXiv 2308.00951, alg. 1 and 2). Each expert owns `slots_per_expert` slots. Looks at later tokens: not for decoders.
+    """Every slot is a blend of all tokens of a sequence, every token a blend of all slots (Puigcerver et al.
+    2023, arXiv 2308.00951, alg. 1 and 2). Each expert owns `slots_per_expert` slots. Looks at later tokens:
+    not for decoders.
 
     The logits are inner products of normalised tokens and slots times one learned scale (section 2.3).
     """
@@ -33,8 +34,10 @@ class SoftMoERouter(LearnedRouter):
 
     def __init__(self, d_model: int, config: MoEConfig, options: StrictConfig) -> None:
         super().__init__(d_model, config, options)
-        require(config.capacity_factor is None, "capacity_factor", config.capacity_factor,
-                "must be null with router 'soft', which drops nothing", "Set router.slots_per_expert instead")  # fmt: skip
+        require(
+            config.capacity_factor is None, "capacity_factor", config.capacity_factor,
+            "must be null with router 'soft', which drops nothing", "Set router.slots_per_expert instead",
+        )  # fmt: skip
         require(config.combine == "weighted_sum", "combine", config.combine,
                 "must be weighted_sum with router 'soft', whose answers are blends")  # fmt: skip
         self.weight = nn.Parameter(torch.empty(self.n_experts * self.options.slots_per_expert, d_model))
@@ -63,7 +66,9 @@ class SoftMoERouter(LearnedRouter):
         return RoutingPlan(
             token_index=torch.arange(n_rows, device=tokens.device),
             row_weight=torch.ones(n_rows, device=tokens.device),
-            tokens_per_expert=torch.full((self.n_experts,), per_expert, dtype=torch.long, device=tokens.device),
+            tokens_per_expert=torch.full(
+                (self.n_experts,), per_expert, dtype=torch.long, device=tokens.device
+            ),
             n_tokens=tokens.shape[0],
             batch_shape=context.batch_shape,
             router_probs=probs,

@@ -43,7 +43,7 @@ class SoftmaxRouter(LearnedRouter):
 
 @register_router("sigmoid")
 class SigmoidRouter(LearnedRouter):
-    """Independent sigmoid scores and top-k, weights normalised over the chosen (DeepSeek-V3, arXiv 2412.19437)."""
+    """Sigmoid scores and top-k, weights normalised over the chosen (DeepSeek-V3, arXiv 2412.19437)."""
 
     supports_bias = True
 
@@ -69,7 +69,7 @@ class SigmoidRouter(LearnedRouter):
 
 @register_router("noisy_topk")
 class NoisyTopKRouter(LearnedRouter):
-    """Top-k of logits with learned Gaussian noise in training (Shazeer et al. 2017, arXiv 1701.06538, eq. 3 to 5).
+    """Top-k of logits with learned Gaussian noise in training (Shazeer et al. 2017, arXiv 1701.06538).
 
     The plan's `load_probs` holds P(x, i), the probability that expert i is chosen if its noise is drawn anew
     (eq. 8 and 9), so that the load loss has a gradient.
@@ -121,18 +121,22 @@ class NoisyTopKRouter(LearnedRouter):
 
 @register_router("switch")
 class SwitchRouter(LearnedRouter):
-    """The one best expert, its softmax probability as weight, input jitter in training (Fedus et al. 2021)."""
+    """The one best expert, weighted by its probability, with input jitter in training (Fedus et al. 2021)."""
 
     supports_bias = True
 
     class Options(StrictConfig):
-        jitter: float = Field(default=0.01, ge=0, lt=1, description="inputs times uniform(1 - jitter, 1 + jitter)")
+        jitter: float = Field(
+            default=0.01, ge=0, lt=1, description="inputs times uniform(1 - jitter, 1 + jitter)"
+        )
 
     options: Options
 
     def __init__(self, d_model: int, config: MoEConfig, options: StrictConfig) -> None:
         super().__init__(d_model, config, options)
-        require(self.top_k == 1, "top_k", self.top_k, "must be 1 with router 'switch'", "Use router 'softmax'")
+        require(
+            self.top_k == 1, "top_k", self.top_k, "must be 1 with router 'switch'", "Use router 'softmax'"
+        )
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         if self.training and self.options.jitter > 0:
@@ -148,14 +152,16 @@ class SwitchRouter(LearnedRouter):
 
 @register_router("gshard")
 class GShardRouter(LearnedRouter):
-    """The best expert and a second one that is drawn in training (Lepikhin et al. 2020, arXiv 2006.16668, alg. 1).
+    """The best expert and a second one, drawn in training (Lepikhin et al. 2020, arXiv 2006.16668, alg. 1).
 
     With weights g1 and g2 normalised to sum to 1, the second expert is kept with probability min(1, 2 * g2).
     """
 
     def __init__(self, d_model: int, config: MoEConfig, options: StrictConfig) -> None:
         super().__init__(d_model, config, options)
-        require(self.top_k == 2, "top_k", self.top_k, "must be 2 with router 'gshard'", "Use router 'softmax'")
+        require(
+            self.top_k == 2, "top_k", self.top_k, "must be 2 with router 'gshard'", "Use router 'softmax'"
+        )
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         logits = self.logits(tokens)
@@ -173,7 +179,7 @@ class GShardRouter(LearnedRouter):
 
 @register_router("group_limited")
 class GroupLimitedRouter(LearnedRouter):
-    """Top-k inside the best groups of experts, which bounds how many machines a token visits (DeepSeek-V2 and V3).
+    """Top-k inside the best groups of experts, so that a token visits few machines (DeepSeek-V2 and V3).
 
     The value of a group is its best expert's (softmax, V2) or the sum of its two best (sigmoid, V3).
     """
@@ -191,11 +197,18 @@ class GroupLimitedRouter(LearnedRouter):
     def __init__(self, d_model: int, config: MoEConfig, options: StrictConfig) -> None:
         super().__init__(d_model, config, options)
         opts, n = self.options, self.n_experts
-        require(n % opts.n_groups == 0, "router(group_limited).n_groups", opts.n_groups, f"must divide n_experts ({n})")
+        require(
+            n % opts.n_groups == 0,
+            "router(group_limited).n_groups",
+            opts.n_groups,
+            f"must divide n_experts ({n})",
+        )
         require(opts.top_groups <= opts.n_groups, "router(group_limited).top_groups", opts.top_groups,
                 f"must be at most n_groups ({opts.n_groups})")  # fmt: skip
         room = opts.top_groups * (n // opts.n_groups)
-        require(self.top_k <= room, "top_k", self.top_k, f"must be at most the experts in the top groups ({room})")
+        require(
+            self.top_k <= room, "top_k", self.top_k, f"must be at most the experts in the top groups ({room})"
+        )
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         opts = self.options
