@@ -1,6 +1,6 @@
 """The quickstart with several seeds: docs/results/quickstart.json, and the picture of the README from the first seed.
 
-    python benchmarks/quickstart_seeds.py --seeds 3
+python benchmarks/quickstart_seeds.py --seeds 3
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main() -> None:
     args = parser.parse_args()
     reports = [_report(args.out / f"seed-{seed}", seed) for seed in range(args.seeds)]
     first = reports[0]
+    settings = first["settings"]
     domains = first["corpus"]["domains"]
     rows = []
     for name in MODELS:
@@ -43,7 +44,7 @@ def main() -> None:
         "Quickstart: equal active parameters, equal tokens",
         f"python benchmarks/quickstart_seeds.py --seeds {args.seeds}",
         f"Bits per byte on the validation documents (lower is better), mean ± deviation over {args.seeds} seeds; "
-        f"{first['settings']['steps']} steps of {first['settings']['batch_size'] * first['settings']['seq_len']:,} tokens "
+        f"{settings['steps']} steps of {settings['batch_size'] * settings['seq_len']:,} tokens "
         "for each model, each with its own tuned learning rate; tokens per second are medians on 2 shared CPU cores.",
         ["model", "mean", *domains, "active", "total", "training tokens/s", "inference tokens/s"],
         rows,

@@ -1,6 +1,6 @@
 """How many of the dense twin's steps the MoE needs for the twin's final loss, each run with its own full schedule.
 
-    python benchmarks/steps_to_dense.py --shares 0.5 0.6 0.7 0.8
+python benchmarks/steps_to_dense.py --shares 0.5 0.6 0.7 0.8
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def main() -> None:
     quiet = {"validate_every": 0}
     dense_run = model_run(base, "dense", recipe)
     dense = train_and_evaluate(dense_run.replace(train=dense_run.train.replace(**quiet)), data)
-    rows = [["dense twin", str(dense["steps"]), f"{dense['loss']:.4f}", f"{dense['seconds']:.0f}", "1.00", "1.00"]]
+    rows = [
+        ["dense twin", str(dense["steps"]), f"{dense['loss']:.4f}", f"{dense['seconds']:.0f}", "1.00", "1.00"]
+    ]
     for share in args.shares:
         run = model_run(base, "moe", recipe)
         train = run.train.replace(steps=round(share * base.train.steps), **quiet)

@@ -158,7 +158,7 @@ def test_noisy_topk_load_is_the_chance_of_being_chosen(biased: bool) -> None:
         second_best = (plan.router_logits + bias)[t, others].topk(2).values[-1]
         drawn = clean[t, i] + bias[i] + deviation[t, i] * torch.randn(n_draws)
         share = float((drawn > second_best).float().mean())
-        assert float(plan.load_probs[t, i]) == pytest.approx(share, abs=0.02)
+        assert plan.load_probs[t, i].item() == pytest.approx(share, abs=0.02)
 
 
 def test_noisy_topk_load_has_a_gradient_and_is_one_where_all_are_chosen() -> None:

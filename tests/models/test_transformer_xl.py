@@ -128,6 +128,35 @@ class TestRelativeAttention:
         ):
             torch.testing.assert_close(a, b)
 
+    def test_a_layer_is_the_four_terms_of_the_paper(self):
+        """Terms (a) to (d) of section 3.3, each written out, through the weights of one layer."""
+        model = make(n_layers=1)
+        attention = model.layers[0].attention
+        hidden, memory = (
+            torch.randn(1, 4, 16, dtype=torch.float64),
+            torch.randn(1, 3, 16, dtype=torch.float64),
+        )
+        mask = torch.full((1, 4, 7), -math.inf, dtype=torch.float64).triu(diagonal=4)
+        table = sinusoid_table(8, 16).double()
+        u, v = model.content_bias, model.position_bias
+        got = attention(hidden, memory, table, u, v, mask)
+        w_q, w_k, w_v = attention.qkv.weight.split(16)
+        q, context = hidden[0] @ w_q.T, torch.cat([memory[0], hidden[0]])
+        k, values, r = context @ w_k.T, context @ w_v.T, table.flip(0) @ attention.relative_key.weight.T
+        answer = []
+        for i in range(4):
+            heads = []
+            for h in (slice(0, 8), slice(8, 16)):
+                keys = range(3 + i + 1)
+                scores = [
+                    q[i, h] @ k[j, h] + q[i, h] @ r[3 + i - j, h] + u[h] @ k[j, h] + v[h] @ r[3 + i - j, h]
+                    for j in keys
+                ]
+                weights = torch.softmax(torch.stack(scores) / math.sqrt(8), 0)
+                heads.append(weights @ values[: len(keys), h])
+            answer.append(torch.cat(heads))
+        torch.testing.assert_close(got[0], torch.stack(answer) @ attention.out.weight.T)
+
     def test_gradient_numerically(self, monkeypatch):
         monkeypatch.setitem(relative_attention._BLOCK_QUERIES, "cpu", 2)
         inputs, mask = attention_inputs(2, 3, 5)
@@ -395,7 +424,7 @@ class TestOutput:
         torch.testing.assert_close(model(ids).logits[:, :10], model(ids[:, :10]).logits)
 
     def test_inference_mode_does_not_spoil_training(self):
-        model = make()
+        model = make(double=False)
         with torch.inference_mode():
             model(tokens(1, 8))
         model(tokens(1, 8), targets=tokens(1, 8)).loss.backward()

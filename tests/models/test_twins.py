@@ -54,6 +54,7 @@ def test_transformer_xl_twin(config: ModelConfig) -> None:
     assert (twin.d_model, twin.n_layers, twin.n_heads) == (config.d_model, config.n_layers, config.n_heads)
     assert twin.memory_length == config.max_seq_len
     assert transformer_xl_twin(config, memory_length=5).memory_length == 5
+    assert transformer_xl_twin(config, pre_norm=True).pre_norm
 
 
 def test_a_dense_model_is_its_own_twin() -> None:

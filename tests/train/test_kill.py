@@ -250,7 +250,7 @@ def test_100_kills_at_random_moments(tmp_path):
         n_cut += any(".writing-" in entry.name for entry in tmp_path.iterdir())
         newest = step
     print(f"{n_cut} of 100 kills left a half-written folder; step {newest} was reached")
-    assert n_cut >= 20, f"seed {seed}: too few kills fell into a save to mean anything"
+    assert n_cut >= 10, f"seed {seed}: too few kills fell into a save to mean anything"
 
 
 def test_a_killed_metrics_log_loses_at_most_the_line_being_written(tmp_path):

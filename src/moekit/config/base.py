@@ -35,7 +35,9 @@ class StrictConfig(BaseModel):
 
     def replace(self: C, **changes: Any) -> C:
         """A validated copy with some fields changed."""
-        return type(self).from_dict({**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+        return type(self).from_dict(
+            {**{name: getattr(self, name) for name in type(self).model_fields}, **changes}
+        )
 
 
 def _explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:

@@ -25,14 +25,19 @@ class ModelConfig(StrictConfig):
     n_layers: int = Field(default=4, ge=1, description="transformer layers")
     n_heads: int = Field(default=4, ge=1, description="query heads")
     n_kv_heads: int | None = Field(default=None, ge=1, description="key/value heads; n_heads where null")
-    d_head: int | None = Field(default=None, ge=2, description="width of a head; d_model / n_heads where null")
+    d_head: int | None = Field(
+        default=None, ge=2, description="width of a head; d_model / n_heads where null"
+    )
     d_ff: int = Field(default=688, ge=1, description="inner width of the dense feed-forward layers")
-    activation: Activation = Field(default="swiglu", description="activation of the dense feed-forward layers")
+    activation: Activation = Field(
+        default="swiglu", description="activation of the dense feed-forward layers"
+    )
     max_seq_len: int = Field(default=256, ge=1, description="longest sequence, in tokens")
     rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary embedding")
     norm_eps: float = Field(default=1e-6, gt=0, description="epsilon of RMSNorm")
     qk_norm: Literal["none", "head", "full"] = Field(
-        default="none", description="RMSNorm of queries and keys: none, per head (Qwen3) or over all heads (OLMoE)"
+        default="none",
+        description="RMSNorm of queries and keys: none, per head (Qwen3) or over all heads (OLMoE)",
     )
     attention_bias: bool = Field(default=False, description="biases on the query, key and value maps (Qwen2)")
     tie_embeddings: bool = Field(default=True, description="one matrix for the embedding and the output")
@@ -40,7 +45,8 @@ class ModelConfig(StrictConfig):
     n_dense_layers: int = Field(default=0, ge=0, description="layers at the start that stay dense (DeepSeek)")
     moe_every: int = Field(default=1, ge=1, description="one layer in this many is sparse")
     allow_noncausal_router: bool = Field(
-        default=False, description="accept a router that looks at later tokens although the model predicts them"
+        default=False,
+        description="accept a router that looks at later tokens although the model predicts them",
     )
     init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights")
     embedding_scale: float = Field(
@@ -88,15 +94,23 @@ class TransformerXLConfig(StrictConfig):
     d_model: int = Field(default=256, ge=2, description="width of the hidden states")
     n_layers: int = Field(default=4, ge=1, description="transformer layers")
     n_heads: int = Field(default=4, ge=1, description="attention heads")
-    d_head: int | None = Field(default=None, ge=1, description="width of a head; d_model / n_heads where null")
+    d_head: int | None = Field(
+        default=None, ge=1, description="width of a head; d_model / n_heads where null"
+    )
     d_ff: int = Field(default=1024, ge=1, description="inner width of the ReLU feed-forward layers")
     max_seq_len: int = Field(default=256, ge=1, description="length of a segment, in tokens")
-    memory_length: int = Field(default=256, ge=0, description="hidden states of earlier segments kept, in training")
+    memory_length: int = Field(
+        default=256, ge=0, description="hidden states of earlier segments kept, in training"
+    )
     eval_memory_length: int | None = Field(
         default=None, ge=0, description="hidden states kept at evaluation; memory_length where null"
     )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout of attention and feed-forward outputs")
-    pre_norm: bool = Field(default=False, description="layer norm before each block instead of after (the paper's)")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="dropout of attention and feed-forward outputs"
+    )
+    pre_norm: bool = Field(
+        default=False, description="layer norm before each block instead of after (the paper's)"
+    )
     tie_embeddings: bool = Field(default=True, description="one matrix for the embedding and the output")
     init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights")
 
@@ -127,4 +141,4 @@ def model_config_from_dict(data: dict, where: str = "model") -> ModelConfig | Tr
     kind = data.get("kind", "decoder")
     if kind not in kinds:
         raise ConfigError(f"{where}.kind must be one of {', '.join(kinds)}; got {kind!r}")
-    return kinds[kind].from_dict(data, where)  # type: ignore[attr-defined,no-any-return]
+    return kinds[kind].from_dict(data, where)  # type: ignore[attr-defined]

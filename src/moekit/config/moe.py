@@ -52,16 +52,26 @@ class NullExpertsConfig(StrictConfig):
 class BalanceConfig(StrictConfig):
     """How the load of the experts is kept even. Coefficients weight the losses in training, nowhere else."""
 
-    load_balance: float = Field(default=0.01, ge=0, description="coefficient of E * sum(f * P), 1 at perfect balance")
+    load_balance: float = Field(
+        default=0.01, ge=0, description="coefficient of E * sum(f * P), 1 at perfect balance"
+    )
     scope: Literal["global_batch", "sequence"] = Field(
         default="global_batch",
         description="over which tokens f and P are taken: all of the optimizer step, or each sequence by itself",
     )
-    router_z: float = Field(default=0.001, ge=0, description="coefficient of the mean squared log-sum-exp of logits")
-    importance: float = Field(default=0.0, ge=0, description="coefficient of the squared variation of expert weight")
-    load: float = Field(default=0.0, ge=0, description="coefficient of the squared variation of expected load (noisy)")
+    router_z: float = Field(
+        default=0.001, ge=0, description="coefficient of the mean squared log-sum-exp of logits"
+    )
+    importance: float = Field(
+        default=0.0, ge=0, description="coefficient of the squared variation of expert weight"
+    )
+    load: float = Field(
+        default=0.0, ge=0, description="coefficient of the squared variation of expected load (noisy)"
+    )
     bias_update_rate: float = Field(
-        default=0.0, ge=0, description="auxiliary-loss-free balancing: b += rate * sign(mean load - load) each step"
+        default=0.0,
+        ge=0,
+        description="auxiliary-loss-free balancing: b += rate * sign(mean load - load) each step",
     )
     router_loss: float = Field(
         default=1.0, ge=0, description="factor of losses that a router brings by itself (ReMoE's L1)"
@@ -77,26 +87,39 @@ class MoEConfig(StrictConfig):
     router: RouterConfig = Field(default_factory=RouterConfig, description="the rule that chooses")
     activation: Activation = Field(default="swiglu", description="activation of the experts")
     bias: bool = Field(default=False, description="whether the experts' linear maps have biases")
-    d_out: int | None = Field(default=None, ge=1, description="output width of each expert; d_model where null")
+    d_out: int | None = Field(
+        default=None, ge=1, description="output width of each expert; d_model where null"
+    )
     n_shared_experts: int = Field(default=0, ge=0, description="experts that every token passes")
     d_shared: int | None = Field(
-        default=None, ge=1, description="inner width of all shared experts together; n_shared_experts * d_expert if null"
+        default=None,
+        ge=1,
+        description="inner width of all shared experts together; n_shared_experts * d_expert if null",
     )
-    shared_gate: bool = Field(default=False, description="scale the shared expert by a learned sigmoid (Qwen2-MoE)")
+    shared_gate: bool = Field(
+        default=False, description="scale the shared expert by a learned sigmoid (Qwen2-MoE)"
+    )
     linear_path: bool = Field(default=False, description="add xW to the experts' answer: y = xW + g(x)v")
     null_experts: NullExpertsConfig = Field(
         default_factory=NullExpertsConfig, description="experts without computation, chosen like the others"
     )
-    combine: Combine = Field(default="weighted_sum", description="how the answers of a token's experts become one")
-    weight_scale: float = Field(default=1.0, gt=0, description="factor on all combine weights (DeepSeek's scaling)")
+    combine: Combine = Field(
+        default="weighted_sum", description="how the answers of a token's experts become one"
+    )
+    weight_scale: float = Field(
+        default=1.0, gt=0, description="factor on all combine weights (DeepSeek's scaling)"
+    )
     capacity_factor: float | None = Field(
         default=None, gt=0, description="rows an expert accepts, over the mean; null never drops a token"
     )
     drop_policy: DropPolicy = Field(
-        default="position", description="which rows stay when an expert is full: the earliest or the most probable"
+        default="position",
+        description="which rows stay when an expert is full: the earliest or the most probable",
     )
     balance: BalanceConfig = Field(default_factory=BalanceConfig, description="load balancing")
-    kernel: str = Field(default="auto", description="implementation of the experts; auto takes the fastest that fits")
+    kernel: str = Field(
+        default="auto", description="implementation of the experts; auto takes the fastest that fits"
+    )
 
     @field_validator("balance", mode="before")
     @classmethod

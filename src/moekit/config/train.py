@@ -28,18 +28,23 @@ class ScheduleConfig(StrictConfig):
     """Learning-rate schedule over optimizer steps."""
 
     kind: Literal["cosine", "wsd", "constant"] = Field(
-        default="cosine", description="warm-up then cosine, warm-up then stable then decay, or warm-up then constant"
+        default="cosine",
+        description="warm-up then cosine, warm-up then stable then decay, or warm-up then constant",
     )
     warmup_steps: int = Field(default=40, ge=0, description="steps of linear warm-up")
     decay_share: float = Field(default=0.3, gt=0, le=1, description="share of the steps in the decay of wsd")
-    final_scale: float = Field(default=0.05, ge=0, le=1, description="learning rate at the end, as a share of the peak")
+    final_scale: float = Field(
+        default=0.05, ge=0, le=1, description="learning rate at the end, as a share of the peak"
+    )
 
 
 class TrainConfig(StrictConfig):
     """The training loop."""
 
     steps: int = Field(default=300, ge=1, description="optimizer steps")
-    batch_size: int = Field(default=16, ge=1, description="sequences in an optimizer step, over all micro-batches")
+    batch_size: int = Field(
+        default=16, ge=1, description="sequences in an optimizer step, over all micro-batches"
+    )
     accumulation: int = Field(default=1, ge=1, description="micro-batches in an optimizer step")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
@@ -47,12 +52,18 @@ class TrainConfig(StrictConfig):
     precision: Literal["auto", "bf16", "float32"] = Field(
         default="auto", description="autocast type; auto takes bf16 where the machine has it in hardware"
     )
-    recompute: bool = Field(default=False, description="recompute activations in the backward pass to save memory")
+    recompute: bool = Field(
+        default=False, description="recompute activations in the backward pass to save memory"
+    )
     device: str = Field(default="auto", description="cpu, cuda, cuda:N, mps or auto")
     seed: int = Field(default=0, ge=0, description="seed of initial weights, data order and routing noise")
-    validate_every: int = Field(default=100, ge=0, description="steps between validations; 0 validates at the end only")
+    validate_every: int = Field(
+        default=100, ge=0, description="steps between validations; 0 validates at the end only"
+    )
     validation_batches: int = Field(default=8, ge=1, description="batches in each validation during training")
-    checkpoint_every: int = Field(default=200, ge=0, description="steps between checkpoints; 0 saves at the end only")
+    checkpoint_every: int = Field(
+        default=200, ge=0, description="steps between checkpoints; 0 saves at the end only"
+    )
     keep_checkpoints: int = Field(default=2, ge=1, description="checkpoints that stay on disk")
     log_every: int = Field(default=10, ge=1, description="steps between lines of metrics")
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(

@@ -24,7 +24,7 @@ from moekit.train.device import autocast, resolve_device, resolve_dtype
 
 AnyConfig = ModelConfig | TransformerXLConfig
 
-# A pass has as many sequences as these seconds allow, up to a whole micro-batch: a few rows for each expert are
+# A pass has as many sequences as these seconds allow, up to a whole micro-batch: few rows for each expert are
 # slower per token than many. Passes are repeated for as long again.
 _PASS_SECONDS, _MAX_PASSES = 3.0, 4
 # weights, gradient and two AdamW moments, each float32

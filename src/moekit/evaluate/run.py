@@ -63,7 +63,11 @@ def evaluate_model(run: LoadedRun, data: PreparedData, setting: Setting) -> dict
     model, tokenizer = run.model, data.tokenizer
     validation = evaluate_split(model, data.validation, tokenizer, setting)
     gap_setting = Setting(
-        setting.device, setting.dtype, setting.batch_size, setting.seq_len, min(setting.max_batches or GAP_BATCHES, GAP_BATCHES)
+        setting.device,
+        setting.dtype,
+        setting.batch_size,
+        setting.seq_len,
+        min(setting.max_batches or GAP_BATCHES, GAP_BATCHES),
     )
     train = evaluate_split(model, data.train, tokenizer, gap_setting)
     held_out = evaluate_split(model, data.held_out, tokenizer, setting)
@@ -72,7 +76,10 @@ def evaluate_model(run: LoadedRun, data: PreparedData, setting: Setting) -> dict
     return {
         "run": str(run.folder),
         "step": run.step,
-        "bits_per_byte": {"mean": mean, **{domain: result.bits_per_byte for domain, result in validation.items()}},
+        "bits_per_byte": {
+            "mean": mean,
+            **{domain: result.bits_per_byte for domain, result in validation.items()},
+        },
         "gap": {
             "train": mean_bits_per_byte(train),
             "validation": mean,

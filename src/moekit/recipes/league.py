@@ -66,13 +66,19 @@ def run_league(
         results = []
         for seed in range(seeds):
             config = base.replace(
-                name=name.replace(" ", "-"), train=train.replace(seed=seed), model=_model(base, name, data.tokenizer)
+                name=name.replace(" ", "-"),
+                train=train.replace(seed=seed),
+                model=_model(base, name, data.tokenizer),
             )
             results.append(_contestant(config, data))
         row = _row(name, results)
         rows.append(row)
         if not quiet:
-            print(", ".join(f"{key} {value}" for key, value in zip(COLUMNS, row, strict=True)), file=sys.stderr, flush=True)
+            print(
+                ", ".join(f"{key} {value}" for key, value in zip(COLUMNS, row, strict=True)),
+                file=sys.stderr,
+                flush=True,
+            )
     rows.sort(key=lambda row: float(str(row[1]).split(" ")[0]))
     options = f" --seeds {seeds}" if seeds > 1 else ""
     result = {
@@ -136,4 +142,12 @@ def _row(name: str, results: list[dict[str, float]]) -> list[str]:
     loss = mean("loss", 3)
     if len(results) > 1:
         loss += f" ± {statistics.stdev(result['loss'] for result in results):.3f}"
-    return [name, loss, mean("bits", 4), mean("max_violation", 2), mean("entropy", 3), mean("active", 2), mean("seconds", 0)]
+    return [
+        name,
+        loss,
+        mean("bits", 4),
+        mean("max_violation", 2),
+        mean("entropy", 3),
+        mean("active", 2),
+        mean("seconds", 0),
+    ]

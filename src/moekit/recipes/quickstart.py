@@ -66,7 +66,9 @@ def run_quickstart(
     runs: dict[str, LoadedRun] = {}
     peaks: dict[str, int] = {}
     for name in MODELS:
-        say(f"Training {name} ({base.train.steps} steps of {base.train.batch_size * base.data.seq_len:,} tokens)")
+        say(
+            f"Training {name} ({base.train.steps} steps of {base.train.batch_size * base.data.seq_len:,} tokens)"
+        )
         with PeakMemory(base.train.device if base.train.device != "auto" else "cpu") as memory:
             result = train_run(model_run(base, name, recipe), data=data, quiet=quiet)
         peaks[name] = memory.bytes
@@ -110,24 +112,39 @@ def model_run(base: RunConfig, name: str, recipe: Mapping[str, Any]) -> RunConfi
         "transformer_xl": transformer_xl_twin(base.model, **recipe["transformer_xl"]),
     }
     optimizer = base.train.optimizer.replace(lr=recipe["lr"][name])
-    return base.replace(name=name.replace("_", "-"), model=models[name], train=base.train.replace(optimizer=optimizer))
+    return base.replace(
+        name=name.replace("_", "-"), model=models[name], train=base.train.replace(optimizer=optimizer)
+    )
 
 
-def build_report(runs: Mapping[str, LoadedRun], data: PreparedData, peaks: Mapping[str, int]) -> dict[str, Any]:
+def build_report(
+    runs: Mapping[str, LoadedRun], data: PreparedData, peaks: Mapping[str, int]
+) -> dict[str, Any]:
     """Everything measured about trained runs, in the schema of `moekit.evaluate.page.schema`."""
     first = next(iter(runs.values()))
     settings = {name: setting_of(run) for name, run in runs.items()}
     measured = {name: evaluate_model(run, data, settings[name]) for name, run in runs.items()}
     setting = next(iter(settings.values()))
     batches = islice(evaluation_batches(data.validation, setting.batch_size, setting.seq_len), SPEED_BATCHES)
-    speeds = inference_speeds({name: run.model for name, run in runs.items()}, batches, setting.device, setting.dtype)
+    speeds = inference_speeds(
+        {name: run.model for name, run in runs.items()}, batches, setting.device, setting.dtype
+    )
     curves = {name: _curve(run.folder) for name, run in runs.items()}
     models = {}
     for name, run in runs.items():
         result, curve = measured[name], curves[name]
         speed = [entry["tokens_per_second"] for entry in read_metrics(run.folder / "metrics.jsonl", "train")]
         models[name] = {
-            **{key: result[key] for key in ("bits_per_byte", "active_parameters", "total_parameters", "flops_per_token", "gap")},
+            **{
+                key: result[key]
+                for key in (
+                    "bits_per_byte",
+                    "active_parameters",
+                    "total_parameters",
+                    "flops_per_token",
+                    "gap",
+                )
+            },
             "tokens": curve[-1]["tokens"],
             "train_tokens_per_second": sorted(speed)[len(speed) // 2],
             "inference_tokens_per_second": speeds[name],
@@ -197,15 +214,20 @@ def summary_line(report: Mapping[str, Any]) -> str:
     bits = {name: model["bits_per_byte"]["mean"] for name, model in report["models"].items()}
     line = ", ".join(f"{name} {value:.3f}" for name, value in sorted(bits.items(), key=lambda item: item[1]))
     share = report["to_dense_loss"]["steps_share"]
-    reach = "never reached the dense twin's final loss" if share is None else f"reached it after {share:.0%} of the steps"
+    reach = (
+        "never reached the dense twin's final loss"
+        if share is None
+        else f"reached it after {share:.0%} of the steps"
+    )
     return f"Bits per byte (lower is better): {line}. The MoE {reach}."
 
 
 def _curve(folder: Path) -> list[dict[str, Any]]:
-    points = {}
+    points: dict[int, dict[str, Any]] = {}
     for entry in read_metrics(folder / "metrics.jsonl"):
         point = points.setdefault(
-            entry["step"], {"step": entry["step"], "tokens": 0, "seconds": None, "loss": None, "validation_loss": None}
+            entry["step"],
+            {"step": entry["step"], "tokens": 0, "seconds": None, "loss": None, "validation_loss": None},
         )
         point["tokens"], point["seconds"] = entry["tokens"], entry["seconds"]
         key = "loss" if entry["kind"] == "train" else "validation_loss"
@@ -218,10 +240,16 @@ def _last(curve: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _sample(run: LoadedRun) -> str:
-    from moekit.generate.text import generate  # noqa: PLC0415  (only here, and it is the last step)
+    from moekit.generate.text import generate
 
     texts = generate(
-        run.model, run.tokenizer, list(PROMPTS.values()), max_new_tokens=60, temperature=0.7, top_p=0.9, seed=0
+        run.model,
+        run.tokenizer,
+        list(PROMPTS.values()),
+        max_new_tokens=60,
+        temperature=0.7,
+        top_p=0.9,
+        seed=0,
     )
     return "\n\n".join(prompt + each.text for prompt, each in zip(PROMPTS.values(), texts, strict=True))
 

@@ -26,7 +26,12 @@ from moekit.layers.balancing import weighted_aux_loss
 from moekit.layers.moe import MoE
 from moekit.layers.statistics import RoutingStats, add_stats, routing_stats
 from moekit.train.device import autocast, resolve_device, resolve_dtype
-from moekit.train.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from moekit.train.optimizer import (
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
 from moekit.train.schedules import learning_rate_scale
 
 Metrics = dict[str, Any]
@@ -53,10 +58,9 @@ class Trainer:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.precision, self.device)
         self.model = model.to(self.device)
-        if hasattr(model, "backbone"):
-            model.backbone.recompute = config.recompute
-        elif hasattr(model, "recompute"):
-            model.recompute = config.recompute
+        # the decoder's layers lie in its backbone, Transformer-XL has its own
+        recomputing: Any = getattr(model, "backbone", model)
+        recomputing.recompute = config.recompute
         self.balance = _balance_of(model)
         self.optimizer = build_optimizer(model, config.optimizer)
         self.step, self.micro, self.tokens, self.seconds = 0, 0, 0, 0.0
@@ -161,9 +165,12 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the run's state, by name; references, not copies."""
-        named = {f"model.{name}": tensor for name, tensor in _unique(self.model.state_dict(keep_vars=True)).items()}
+        named = {
+            f"model.{name}": tensor for name, tensor in _unique(self.model.state_dict(keep_vars=True)).items()
+        }
         named |= {
-            f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(self.optimizer, self.model).items()
+            f"optimizer.{name}": tensor
+            for name, tensor in optimizer_tensors(self.optimizer, self.model).items()
         }
         named["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -239,8 +246,8 @@ class Trainer:
         for key, value in state["layout"].items():
             if here[key] != value and (bound or key != "train.accumulation"):
                 raise CheckpointError(
-                    f"{key} must be {value!r} as when the checkpoint was saved; got {here[key]!r}. Its place in the data "
-                    f"means nothing otherwise: resume with {key}={value}, or start a new run"
+                    f"{key} must be {value!r} as when the checkpoint was saved; got {here[key]!r}. Its place in the "
+                    f"data means nothing otherwise: resume with {key}={value}, or start a new run"
                 )
 
 

@@ -1,12 +1,12 @@
 """A run: one folder with its configuration, tokenizer, metrics and checkpoints; started, resumed, or loaded.
 
-    runs/<name>-<number>/
-        config.yaml       the whole configuration
-        tokenizer.json    the tokenizer that the tokens came from
-        run.json          versions, data fingerprint, parameters
-        metrics.jsonl     the truth about the run, one line per event
-        checkpoints/      step-00000200/ ...
-        final.json        written at the end
+runs/<name>-<number>/
+    config.yaml       the whole configuration
+    tokenizer.json    the tokenizer that the tokens came from
+    run.json          versions, data fingerprint, parameters
+    metrics.jsonl     the truth about the run, one line per event
+    checkpoints/      step-00000200/ ...
+    final.json        written at the end
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def train_run(config: RunConfig, *, data: PreparedData | None = None, quiet: boo
     checkpoint is written before), and what data and configuration raise.
     """
     config, data = _fit_to_data(config, data, quiet)
-    run = _Run(config, data, quiet)  # before there is a folder: what is wrong in the configuration leaves none behind
+    run = _Run(
+        config, data, quiet
+    )  # before there is a folder: what is wrong in the configuration leaves none behind
     folder = _new_folder(config)
     data.tokenizer.save(folder / "tokenizer.json")
     write_json(
@@ -109,7 +111,9 @@ def resume_run(
     """
     folder = _unfinished(Path(runs_dir)) if folder is None else Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"{folder} is no run: it has no config.yaml. Give the folder that `moekit train` printed")
+        raise CheckpointError(
+            f"{folder} is no run: it has no config.yaml. Give the folder that `moekit train` printed"
+        )
     config = load_run_config(folder / "config.yaml", list(overrides))
     config, data = _fit_to_data(config, None, quiet)
     require_same_data(folder, data)
@@ -138,14 +142,20 @@ def load_run(folder: Path | str, device: str = "cpu") -> LoadedRun:
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"{folder} is no run: it has no config.yaml. Give the folder that `moekit train` printed")
+        raise CheckpointError(
+            f"{folder} is no run: it has no config.yaml. Give the folder that `moekit train` printed"
+        )
     config = load_run_config(folder / "config.yaml", [])
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
-        raise CheckpointError(f"{folder} holds no complete checkpoint yet. Train it on with: moekit resume {folder}")
+        raise CheckpointError(
+            f"{folder} holds no complete checkpoint yet. Train it on with: moekit resume {folder}"
+        )
     tensors, state = load_checkpoint(checkpoint, verify=False)
     model = build_model(config.model)
-    load_model_tensors(model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    load_model_tensors(
+        model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    )
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     return LoadedRun(config, model.to(device).eval(), tokenizer, int(state["step"]), folder)
 
@@ -204,7 +214,12 @@ class _Run:
             if self.stop() and (trainer.step < train.steps or not self.validation):
                 self._save(folder)
                 raise self.stop.interrupted(folder)
-        final = {"step": trainer.step, "tokens": trainer.tokens, "train_seconds": trainer.seconds, **self.validation}
+        final = {
+            "step": trainer.step,
+            "tokens": trainer.tokens,
+            "train_seconds": trainer.seconds,
+            **self.validation,
+        }
         write_json(result, final)
         return RunResult(folder, final)
 
@@ -216,24 +231,39 @@ class _Run:
         """Validate and log; where SIGTERM comes meanwhile, leave it: it is made up for when the run goes on."""
         train, trainer = self.config.train, self.trainer
         batches = evaluation_batches(
-            self.data.validation, train.batch_size, self.config.data.seq_len, max_batches=train.validation_batches
+            self.data.validation,
+            train.batch_size,
+            self.config.data.seq_len,
+            max_batches=train.validation_batches,
         )
-        result = loss_over(trainer.model, takewhile(lambda _: not self.stop(), batches), trainer.device, trainer.dtype)
+        result = loss_over(
+            trainer.model, takewhile(lambda _: not self.stop(), batches), trainer.device, trainer.dtype
+        )
         if self.stop():
             self.validation = {}
             return
         self.validation = {"validation_loss": result.mean}
         if result.stats:
-            self.validation |= {f"validation_{k}": v for k, v in balance_metrics(result.stats).items() if k != "load"}
-        log.log(trainer.step, {"tokens": trainer.tokens, "seconds": trainer.seconds, **self.validation}, "validation")
+            self.validation |= {
+                f"validation_{k}": v for k, v in balance_metrics(result.stats).items() if k != "load"
+            }
+        log.log(
+            trainer.step,
+            {"tokens": trainer.tokens, "seconds": trainer.seconds, **self.validation},
+            "validation",
+        )
         for tracker in trackers:
-            tracker.log(trainer.step, {f"validation/{name}": value for name, value in self.validation.items()})
+            tracker.log(
+                trainer.step, {f"validation/{name}": value for name, value in self.validation.items()}
+            )
 
     def _make_up_validation(self, log: MetricsLog, trackers: list[Any]) -> None:
         """The validation of the step resumed from: read back, or done now where the run was stopped before it."""
         done = read_metrics(log.path, "validation")
         if done and done[-1]["step"] == self.trainer.step:
-            self.validation = {name: value for name, value in done[-1].items() if name.startswith("validation_")}
+            self.validation = {
+                name: value for name, value in done[-1].items() if name.startswith("validation_")
+            }
         elif self._validates_at(self.trainer.step):
             self._validate(log, trackers)
 
@@ -242,14 +272,19 @@ class _Run:
         if self._saved == (trainer.step, trainer.micro):
             return
         keep = self.config.train.keep_checkpoints
-        save_checkpoint(folder / "checkpoints", trainer.step, trainer.tensors(), trainer.state(), keep, trainer.micro)
+        save_checkpoint(
+            folder / "checkpoints", trainer.step, trainer.tensors(), trainer.state(), keep, trainer.micro
+        )
         self._saved = (trainer.step, trainer.micro)
 
     def _show(self, view: TrainingView, metrics: Metrics, eta_seconds: float) -> None:
         shown = ("loss", "tokens_per_second", "load", "max_violation", "dropped_share")
         note = f"validation loss {self.validation['validation_loss']:.3f}" if self.validation else None
         view.update(
-            self.trainer.step, eta_seconds=eta_seconds, note=note, **{k: metrics[k] for k in shown if k in metrics}
+            self.trainer.step,
+            eta_seconds=eta_seconds,
+            note=note,
+            **{k: metrics[k] for k in shown if k in metrics},
         )
 
 
@@ -281,7 +316,9 @@ class _StopFlag:
 
     def interrupted(self, folder: Path) -> Interrupted:
         name = signal.Signals(self.signal).name if self.signal else "a request"
-        error = Interrupted(f"stopped by {name}; a checkpoint was written. Go on with: moekit resume {folder}")
+        error = Interrupted(
+            f"stopped by {name}; a checkpoint was written. Go on with: moekit resume {folder}"
+        )
         if self.signal == signal.SIGINT:
             error.exit_code = 130
         return error
@@ -319,7 +356,9 @@ def _new_folder(config: RunConfig) -> Path:
             except FileExistsError:
                 continue
     except OSError as error:
-        raise ConfigError(f"runs_dir {str(base)!r} cannot be written: {error.strerror}. Set runs_dir=FOLDER") from error
+        raise ConfigError(
+            f"runs_dir {str(base)!r} cannot be written: {error.strerror}. Set runs_dir=FOLDER"
+        ) from error
     raise ConfigError(f"runs_dir {str(base)!r} holds 100,000 runs named {config.name!r}; choose another name")
 
 

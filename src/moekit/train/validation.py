@@ -27,7 +27,9 @@ class LossSum:
         return self.nats / self.n_targets if self.n_targets else float("nan")
 
 
-def loss_over(model: nn.Module, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype) -> LossSum:
+def loss_over(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype
+) -> LossSum:
     """Evaluate on batches whose rows continue each other, so that a recurrent model carries its memory.
 
     The model is put back into the mode it was in; torch's generator is left as it was.
@@ -37,7 +39,11 @@ def loss_over(model: nn.Module, batches: Iterable[Batch], device: torch.device, 
     total, n_targets, memory = 0.0, 0, None
     stats: list[RoutingStats] | None = None
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(device)), torch.inference_mode(), autocast(device, dtype):
+        with (
+            torch.random.fork_rng(devices=_cuda_devices(device)),
+            torch.inference_mode(),
+            autocast(device, dtype),
+        ):
             for batch in batches:
                 batch = batch.to(device)
                 # padding stands only at the end of a split's rows; a mask costs attention and routing time
