@@ -144,6 +144,21 @@ def test_cache_refuses_what_it_cannot_hold() -> None:
         model(tokens(1, 3), cache=ListCache(2), segment_ids=torch.zeros(1, 3))
 
 
+def test_cache_refuses_a_router_that_reads_earlier_tokens() -> None:
+    def with_rule(**options: object) -> LanguageModel:
+        rules = [{"expert": 1, "token_ids": [[3]]}]
+        return build_model(ModelConfig(**SMALL, moe=moe(router={"name": "rule", "rules": rules, **options})))
+
+    ids = torch.tensor([[3, 4, 5, 3]])
+    onward, cache = with_rule(scope="onward").eval(), ListCache(2)
+    same(onward(ids, cache=cache).logits, onward(ids).logits)  # from the start it holds all there is
+    with pytest.raises(ConfigError, match=r"reads earlier tokens.*without a cache"):
+        onward(ids[:, :1], cache=cache)
+    token, cache = with_rule(scope="token").eval(), ListCache(2)
+    logits = torch.cat([token(part, cache=cache).logits for part in ids.split(1, dim=1)], dim=1)
+    same(logits, token(ids).logits)
+
+
 @every
 @pytest.mark.parametrize("autocast", [False, True])
 def test_recomputation_gives_the_same_bits(config: ModelConfig, autocast: bool) -> None:

@@ -428,7 +428,9 @@ def test_what_is_not_finite_never_reaches_the_optimizer(tmp_path, name):
         if key.startswith(("model.", "optimizer.")):
             assert torch.equal(after[key], value), key
 
-    # the checkpoint from before is whole and goes on
+    # the checkpoint from before is whole and goes on; the poisoned gradients are gone with the load
+    trainer.load(*load_checkpoint(good))
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
     other = make_trainer(
         decoder(router="sigmoid", balance={"bias_update_rate": 0.01}), accumulation=2, weights_seed=1
     )

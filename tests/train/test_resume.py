@@ -152,6 +152,21 @@ def test_the_same_trainer_goes_on_after_a_stop():
     assert_same_tensors(trainer.tensors(), expected_tensors)
 
 
+def test_a_trainer_that_has_gone_on_can_be_put_back(tmp_path):
+    """Into a used trainer, in the middle of another step: its gradients, counts and memory must not linger."""
+    for name in ("softmax", "transformer_xl"):
+        expected_metrics, expected_tensors, _ = uninterrupted(name)
+        trainer = new_trainer(name)
+        metrics = run_until(trainer, (2, 0))
+        path = save_checkpoint(tmp_path / name, 2, trainer.tensors(), trainer.state(), 1)
+        run_until(trainer, (4, 2))
+        trainer.load(*load_checkpoint(path))
+        trainer.should_stop = lambda: False
+        metrics += [exact(line) for line in trainer.steps()]
+        assert metrics == expected_metrics
+        assert_same_tensors(trainer.tensors(), expected_tensors)
+
+
 def test_a_checkpoint_of_another_model_is_refused():
     tensors, state = new_trainer("dense").tensors(), new_trainer("dense").state()
     with pytest.raises(CheckpointError, match="do not fit the model: missing"):

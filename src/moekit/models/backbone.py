@@ -122,6 +122,12 @@ class Backbone(nn.Module):
             raise ConfigError(
                 "a cache cannot be used with segment_ids or token_mask; generate one document per row"
             )
+        if held > 0 and any(layer.router.reads_history for layer in self.moe_layers):
+            raise ConfigError(
+                "a cache cannot be continued with a router that reads earlier tokens (router 'rule' with a "
+                "function, or with keywords that hold beyond themselves), because it holds none; "
+                "call the model on the whole text without a cache"
+            )
         mask = attention_mask(batch, length, held, x.device, segment_ids, token_mask)
         rotary = self.rotary(held, length, x)
         inputs = LayerInputs(rotary, mask, token_ids, token_mask, segment_ids, cache)

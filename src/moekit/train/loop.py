@@ -226,6 +226,7 @@ class Trainer:
         self._memory = [memory.get(index) for index in range(self.config.accumulation)]
         routing = _nested(groups.get("routing", {}), self.device)
         self._stats = [RoutingStats(**routing[index]) for index in sorted(routing)] or None
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that was begun here, or was not finite
         parameters = dict(self.model.named_parameters())
         for name, gradient in groups.get("gradient", {}).items():
             parameters[name].grad = gradient.to(self.device).clone()

@@ -74,9 +74,8 @@ def train_run(config: RunConfig, *, data: PreparedData | None = None, quiet: boo
     checkpoint is written before), and what data and configuration raise.
     """
     config, data = _fit_to_data(config, data, quiet)
-    run = _Run(
-        config, data, quiet
-    )  # before there is a folder: what is wrong in the configuration leaves none behind
+    # before there is a folder: what is wrong in the configuration leaves none behind
+    run = _Run(config, data, quiet)
     folder = _new_folder(config)
     data.tokenizer.save(folder / "tokenizer.json")
     write_json(
@@ -330,7 +329,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def _fit_to_data(config: RunConfig, data: PreparedData | None, quiet: bool) -> tuple[RunConfig, PreparedData]:
-    """Prepared data, and the configuration with the model's vocabulary as large as the tokenizer's."""
+    """Prepared data, and the configuration with enough vocabulary and positions in the model for it."""
     if data is None:
         data = prepare(config.data, None if quiet else lambda message: print(message, flush=True))
     model = config.model

@@ -77,6 +77,8 @@ class Router(nn.Module):
     Attributes:
         name: registered name.
         causal: False where a choice can depend on later tokens; a decoder refuses such a router.
+        reads_history: True where a choice can depend on earlier tokens as well, which a key/value cache does
+            not hold; a decoder refuses to continue from a cache.
         supports_bias: whether auxiliary-loss-free balancing can steer its choice through `expert_bias`.
         Options: its own options, a `StrictConfig`.
         n_experts: experts to choose from, null experts included.
@@ -85,6 +87,7 @@ class Router(nn.Module):
 
     name: ClassVar[str] = ""
     causal: bool = True
+    reads_history: bool = False
     supports_bias: ClassVar[bool] = False
     expert_bias: Tensor | None
 

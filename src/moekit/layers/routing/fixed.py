@@ -106,6 +106,8 @@ class RuleRouter(LearnedRouter):
                     f"must be below n_experts ({self.n_experts})")  # fmt: skip
         self.function: Callable[..., Tensor] | None = _resolve(opts.function)
         self.causal = opts.scope != "sequence" and (opts.function is None or opts.function_is_causal)
+        one_token = all(len(keyword) <= 1 for rule in opts.rules for keyword in rule.token_ids)
+        self.reads_history = opts.function is not None or opts.scope != "token" or not one_token
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         if context.token_ids is None:

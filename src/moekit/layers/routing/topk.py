@@ -18,7 +18,11 @@ from moekit.layers.routing.base import LearnedRouter, normalize_chosen, register
 
 @register_router("softmax")
 class SoftmaxRouter(LearnedRouter):
-    """Softmax and top-k: weights normalised after the choice (Mixtral) or before it (OLMoE)."""
+    """Softmax and top-k: weights normalised after the choice (Mixtral) or before it (OLMoE).
+
+    With `top_k` 1 choose "before": normalised after the choice, the one weight is always 1, and nothing but the
+    balancing losses teaches the router.
+    """
 
     supports_bias = True
 
