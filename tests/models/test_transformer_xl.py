@@ -245,7 +245,7 @@ class TestRecurrence:
         memory = None
         for part in ids.split(length, dim=1):
             memory = model(part, memory=memory).memory
-        embedded = model.stem(ids) * 4.0  # sqrt(d_model)
+        embedded = model.stem.weight[ids] * 4.0  # sqrt(d_model)
         torch.testing.assert_close(memory["layer_0"], embedded[:, -5:].detach())
 
     def test_no_memory_at_all(self):

@@ -274,6 +274,19 @@ def test_loss_over_restores_mode_gradients_and_generator(tmp_path):
     assert torch.equal(torch.get_rng_state(), generator)
 
 
+def test_loss_over_depends_on_model_and_batches_alone(tmp_path):
+    """A router that draws in evaluation too draws the same, whatever was drawn before."""
+    data = prepare(run_config(tmp_path).data)
+    model = build_model(run_config(tmp_path, {**decoder(router="random"), "vocab_size": 300}).model)
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        batches = evaluation_batches(data.validation, ROWS, LENGTH)
+        results.append(loss_over(model, batches, torch.device("cpu"), torch.float32))
+    assert results[0].mean == results[1].mean
+    assert torch.equal(results[0].stats[0].requested_per_expert, results[1].stats[0].requested_per_expert)
+
+
 @pytest.mark.parametrize("model", [decoder(), transformer_xl()], ids=["decoder", "transformer_xl"])
 def test_loss_over_weighs_every_token_alike_whatever_the_batches(tmp_path, model):
     """One row without padding against many rows with padding: the same tokens, the same documents."""

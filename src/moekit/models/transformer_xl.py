@@ -63,7 +63,7 @@ class TransformerXL(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False
-        self.stem = TokenStem(config.vocab_size, config.d_model)
+        self.stem = TokenStem(config.vocab_size, config.d_model, scale=math.sqrt(config.d_model))
         # one-dimensional, so that an optimizer that spares vectors from weight decay spares these biases too
         self.content_bias = nn.Parameter(torch.zeros(config.n_heads * config.head_width))
         self.position_bias = nn.Parameter(torch.zeros(config.n_heads * config.head_width))
@@ -130,7 +130,7 @@ class TransformerXL(nn.Module):
         mask = _attention_mask(segment_ids, real, memory, self._compute_dtype)
         distances = self._distances(mask.shape[2], token_ids.device)
 
-        hidden = self.dropout(self.stem(token_ids) * math.sqrt(self.config.d_model))
+        hidden = self.dropout(self.stem(token_ids))
         kept: Memory = {}
         for index, layer in enumerate(self.layers):
             name = f"layer_{index}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,8 @@ def loss_over(
 ) -> LossSum:
     """Evaluate on batches whose rows continue each other, so that a recurrent model carries its memory.
 
-    The model is put back into the mode it was in; torch's generator is left as it was.
+    The model is put back into the mode it was in; torch's generators are left as they were. A router that draws in
+    evaluation too draws the same every time, so that the result depends on model and batches alone.
     """
     was_training = model.training
     model.eval()
@@ -40,7 +42,7 @@ def loss_over(
     stats: list[RoutingStats] | None = None
     try:
         with (
-            torch.random.fork_rng(devices=_cuda_devices(device)),
+            _own_random_numbers(device),
             torch.inference_mode(),
             autocast(device, dtype),
         ):
@@ -67,5 +69,12 @@ def loss_over(
     return LossSum(total, n_targets, stats or [])
 
 
-def _cuda_devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
+@contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(0)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield

@@ -1,0 +1,1 @@
+"""Training: loop, optimizer, schedules, exact resume, checkpoints, trackers, live view."""
