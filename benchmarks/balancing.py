@@ -21,8 +21,9 @@ WAYS = {
     "load-balance loss 0.001": {"load_balance": 0.001},
     "load-balance loss 0.01": {"load_balance": 0.01},
     "load-balance loss 0.1": {"load_balance": 0.1},
-    "auxiliary-loss-free, rate 0.001": {"load_balance": 0.0, "bias_update_rate": 0.001},
-    "auxiliary-loss-free, rate 0.01": {"load_balance": 0.0, "bias_update_rate": 0.01},
+    "auxiliary-loss-free, rate 0.001": {"load_balance": 0.0, "bias_update_rate": 0.001, "bias_update_decay": False},
+    "auxiliary-loss-free, rate 0.002": {"load_balance": 0.0, "bias_update_rate": 0.002, "bias_update_decay": False},
+    "auxiliary-loss-free, decaying 0.01": {"load_balance": 0.0, "bias_update_rate": 0.01, "bias_update_decay": True},
 }
 
 

@@ -141,19 +141,18 @@ def test_neighbours_do_not_change_a_prompt(model, tokenizer):
 @pytest.mark.parametrize(("kind", "window"), [("dense", 64), ("dense", 8), ("moe", 8), ("xl", 64)])
 def test_rows_end_at_different_times(tokenizer, kind, window):
     """The end marker made likely: equal prompts in one batch stop at their own places."""
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     sizes = {"vocab_size": tokenizer.vocab_size, "tie_embeddings": False, "max_seq_len": window}
     model = build_model(MODELS[kind].replace(**sizes)).double()
     with torch.no_grad():
-        model.head.weight *= 0.1
-        model.head.weight[tokenizer.end_id] += 0.1 * torch.randn(32)
+        model.head.weight[tokenizer.end_id] *= 2.5
     prompts = ["the cat"] * 8
-    results = generate(model, tokenizer, prompts, max_new_tokens=400, temperature=1.0)
+    results = generate(model, tokenizer, prompts, max_new_tokens=60, temperature=1.0)
     lengths = [len(result.token_ids) for result in results]
     assert len(set(lengths)) > 2
     for number, result in enumerate(results):
         expected = plain_loop(model, tokenizer, "the cat", 60, number, temperature=1.0)
-        assert result.token_ids[:60] == expected, number
+        assert result.token_ids == expected, number
         assert tokenizer.end_id not in result.token_ids
 
 

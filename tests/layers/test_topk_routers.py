@@ -90,6 +90,14 @@ def test_bias_update_by_hand() -> None:
     assert router.expert_bias.tolist() == pytest.approx([-0.015, 0.0, 0.015, 0.015])
 
 
+def test_the_bias_keeps_its_rate_where_it_is_told_to() -> None:
+    balance = {"bias_update_rate": 0.01, "bias_update_decay": False}
+    router = router_of("softmax", n_experts=2, balance=balance)
+    stats = RoutingStats(torch.tensor([3, 1]), *torch.zeros(4, dtype=torch.long))
+    router.after_step(stats, scale=0.1)
+    assert router.expert_bias.tolist() == pytest.approx([-0.01, 0.01])
+
+
 def test_bias_update_compares_integers_exactly() -> None:
     # 2**24 + 1 has no float32: rounded, expert 1 would look as loaded as the mean
     router = router_of("softmax", n_experts=3, balance={"bias_update_rate": 1.0})

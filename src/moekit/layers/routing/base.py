@@ -98,6 +98,7 @@ class Router(nn.Module):
         super().__init__()
         self.d_model, self.n_experts, self.top_k = d_model, config.n_choices, config.top_k
         self.bias_update_rate = config.balance.bias_update_rate
+        self.bias_update_decay = config.balance.bias_update_decay
         self.options = options
         require(
             self.bias_update_rate == 0 or self.supports_bias, "balance.bias_update_rate",
@@ -120,13 +121,14 @@ class Router(nn.Module):
         """Called once after each optimizer step with the routing of the whole step.
 
         Auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664): b += rate * sign(mean load -
-        load). `scale` multiplies the rate (training passes its learning-rate schedule, so the bias settles
-        with the weights).
+        load). `scale` is the learning-rate schedule of training; it multiplies the rate, so that the bias
+        settles with the weights, unless `balance.bias_update_decay` is false (the paper's constant rate).
         """
         if self.expert_bias is not None:
             load = stats.requested_per_expert.double()  # exact, whatever type the model was cast to
             direction = torch.sign(load.mean() - load).to(self.expert_bias)
-            self.expert_bias += scale * self.bias_update_rate * direction
+            decay = scale if self.bias_update_decay else 1.0
+            self.expert_bias += decay * self.bias_update_rate * direction
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, n_experts={self.n_experts}, top_k={self.top_k}, {self.options}"
