@@ -21,9 +21,21 @@ WAYS = {
     "load-balance loss 0.001": {"load_balance": 0.001},
     "load-balance loss 0.01": {"load_balance": 0.01},
     "load-balance loss 0.1": {"load_balance": 0.1},
-    "auxiliary-loss-free, rate 0.001": {"load_balance": 0.0, "bias_update_rate": 0.001, "bias_update_decay": False},
-    "auxiliary-loss-free, rate 0.002": {"load_balance": 0.0, "bias_update_rate": 0.002, "bias_update_decay": False},
-    "auxiliary-loss-free, decaying 0.01": {"load_balance": 0.0, "bias_update_rate": 0.01, "bias_update_decay": True},
+    "auxiliary-loss-free, rate 0.001": {
+        "load_balance": 0.0,
+        "bias_update_rate": 0.001,
+        "bias_update_decay": False,
+    },
+    "auxiliary-loss-free, rate 0.002": {
+        "load_balance": 0.0,
+        "bias_update_rate": 0.002,
+        "bias_update_decay": False,
+    },
+    "auxiliary-loss-free, decaying 0.01": {
+        "load_balance": 0.0,
+        "bias_update_rate": 0.01,
+        "bias_update_decay": True,
+    },
 }
 
 
@@ -80,7 +92,8 @@ def main() -> None:
         "balancing",
         "Balancing: what it costs and what it reaches",
         f"python benchmarks/balancing.py --seeds {args.seeds}"
-        + (f" --steps {args.steps}" if args.steps else ""),
+        + (f" --steps {args.steps}" if args.steps else "")
+        + (" --ways " + " ".join(f'"{way}"' for way in args.ways) if args.ways != list(WAYS) else ""),
         f"The quickstart's MoE with router {args.router}, {args.seeds} seeds. Loss in nats per token and max violation "
         "(largest load over mean load, less one) over the whole validation set. Experts specialise by domain, and the "
         "validation set holds a sixth more English than training did, so the violation is given with the domains in "

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from moekit import MoE, RoutingPlan
 
-D_MODEL, D_EXPERT, N_EXPERTS, TOP_K, VOCAB = 8, 6, 4, 2, 20
+# few ids, so that keywords occur in short texts
+D_MODEL, D_EXPERT, N_EXPERTS, TOP_K, VOCAB = 8, 6, 4, 2, 4
 
 
 def later_tokens_decide(token_ids: Tensor, n_experts: int) -> Tensor:
-    """A rule that looks at the largest id of its row: not causal. Padding, -1, is never the largest."""
+    """A rule on the sum of all ids of a row: not causal. Padding, -1, counts as nothing."""
     scores = torch.zeros(*token_ids.shape, n_experts)
     if token_ids.numel():
-        largest = token_ids.amax(dim=1).clamp(min=0)
-        scores[torch.arange(len(token_ids)), :, largest % n_experts] = 1.0
+        total = token_ids.clamp(min=0).sum(dim=1)
+        scores[torch.arange(len(token_ids)), :, total % n_experts] = 1.0
     return scores
 
 
@@ -49,7 +50,7 @@ class RouterCase:
     noisy: bool = False
 
 
-KEYWORDS = [{"expert": 2, "token_ids": [[3], [5, 6]]}, {"expert": 0, "token_ids": [[7]]}]
+KEYWORDS = [{"expert": 2, "token_ids": [[1, 2], [1, 1, 2]]}, {"expert": 0, "token_ids": [[3]]}]
 
 ROUTERS = {
     "softmax": RouterCase("softmax"),
