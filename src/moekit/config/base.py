@@ -43,7 +43,8 @@ class StrictConfig(BaseModel):
 def _explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
     lines = []
     for item in error.errors():
-        path = _without_tags(cls, [str(part) for part in item["loc"]])
+        # an unknown key is the last part of its place, and no field
+        path = _without_tags(cls, [str(part) for part in item["loc"]], item["type"] == "extra_forbidden")
         dotted = ".".join(([where] if where else []) + path)
         if item["type"] == "extra_forbidden":
             known = _fields_at(cls, path[:-1])
@@ -60,13 +61,13 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
     return "\n".join(lines)
 
 
-def _without_tags(cls: type[BaseModel], path: list[str]) -> list[str]:
+def _without_tags(cls: type[BaseModel], path: list[str], keep_last: bool) -> list[str]:
     """`path` without the union tags that pydantic puts among the names of fields."""
     kept: list[str] = []
     current: list[type[BaseModel]] = [cls]
     for position, part in enumerate(path):
         fields = [model.model_fields[part] for model in current if part in model.model_fields]
-        if fields or position == len(path) - 1 or not current:
+        if fields or not current or (keep_last and position == len(path) - 1):
             kept.append(part)
             current = [model for field in fields for model in _models_in(field.annotation)]
     return kept
