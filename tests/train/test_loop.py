@@ -184,7 +184,7 @@ def test_an_auxiliary_loss_enters_the_gradient_with_its_coefficient(name):
                 gradients[key] - without[key], coefficient * gradient, rtol=1e-3, atol=1e-6
             )
         # logged without the coefficient
-        assert metrics[f"aux/{name}"] == pytest.approx(float(out.aux_losses[name]), rel=1e-5)
+        assert metrics[f"aux/{name}"] == pytest.approx(out.aux_losses[name].item(), rel=1e-5)
 
 
 def test_load_balance_is_on_and_logged_by_default():

@@ -74,7 +74,8 @@ class BalanceConfig(StrictConfig):
         description="auxiliary-loss-free balancing: b += rate * sign(mean load - load) each step",
     )
     bias_update_decay: bool = Field(
-        default=True, description="let the rate of the bias follow the learning-rate schedule; false keeps it constant"
+        default=True,
+        description="let the rate of the bias follow the learning-rate schedule; false keeps it constant",
     )
     router_loss: float = Field(
         default=1.0, ge=0, description="factor of losses that a router brings by itself (ReMoE's L1)"

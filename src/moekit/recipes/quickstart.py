@@ -63,7 +63,7 @@ def run_quickstart(
     say("Preparing the corpus")
     data = prepare(base.data, None if quiet else say)
     base = base.replace(model=base.model.replace(vocab_size=data.tokenizer.vocab_size))
-    runs: dict[str, LoadedRun] = {}
+    folders: dict[str, Path] = {}
     peaks: dict[str, int] = {}
     for name in MODELS:
         say(
@@ -72,8 +72,10 @@ def run_quickstart(
         with PeakMemory(base.train.device if base.train.device != "auto" else "cpu") as memory:
             result = train_run(model_run(base, name, recipe), data=data, quiet=quiet)
         peaks[name] = memory.bytes
-        runs[name] = load_run(result.folder)
+        folders[name] = result.folder
     say("Evaluating")
+    # loaded only now: a model that is held already would count into the peak memory of the next one's training
+    runs = {name: load_run(folder) for name, folder in folders.items()}
     report = build_report(runs, data, peaks)
     report["command"] = _command(out, steps, seed, short, offline)
     report["settings"]["lr"] = {name: runs[name].config.train.optimizer.lr for name in MODELS}
@@ -173,7 +175,7 @@ def build_report(
             "precision": str(setting.dtype).removeprefix("torch."), "device": str(setting.device),
         },
         "corpus": {
-            "name": config.data.corpus or config.data.path,
+            "name": config.data.path or config.data.corpus,
             "sources": [{k: getattr(s, k) for k in ("name", "origin", "licence", "note")} for s in data.sources],
             "domains": list(data.validation.domains),
             "held_out_domain": data.held_out.domains[0] if data.held_out.n_tokens else None,
