@@ -306,7 +306,7 @@ def change_after(call: dict[str, Tensor], position: int) -> dict[str, Tensor]:
     }
 
 
-def earlier_answers_differ(layer: MoE, n_trials: int = 12) -> bool:
+def earlier_answers_differ(layer: MoE, n_trials: int = 40) -> bool:
     """Whether changing later tokens ever changes an earlier answer, over several inputs."""
     for trial in range(n_trials):
         call = inputs(2, 7)

@@ -196,8 +196,8 @@ def test_switch_jitter_scales_inputs_in_training_only() -> None:
     # 6 times uniform(0.9, 1.1): standard deviation 6 * 0.2 / sqrt(12)
     assert logits.min() >= 5.4
     assert logits.max() <= 6.6
-    assert float(logits.mean()) == pytest.approx(6.0, abs=0.03)
-    assert float(logits.std()) == pytest.approx(1.2 / math.sqrt(12), rel=0.05)
+    assert logits.mean().item() == pytest.approx(6.0, abs=0.03)
+    assert logits.std().item() == pytest.approx(1.2 / math.sqrt(12), rel=0.05)
 
 
 def test_gshard_draws_the_second_expert() -> None:
