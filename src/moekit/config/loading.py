@@ -7,14 +7,13 @@ the keys of the old kind mean nothing to the new one.
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import moekit
+from moekit.config.atomic import write_text
 from moekit.config.errors import ConfigError
 from moekit.config.train import RunConfig
 from moekit.config.yamlio import dump_yaml, parse_yaml, read_yaml
@@ -83,20 +82,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def save_run_config(config: RunConfig, path: Path | str) -> None:
     """Write `config` as YAML, atomically; `load_run_config(path)` gives an equal configuration."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = f"# moekit {moekit.__version__}\n{dump_yaml(config.to_dict())}"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text(Path(path), f"# moekit {moekit.__version__}\n{dump_yaml(config.to_dict())}")
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any], top: bool = False) -> dict[str, Any]:

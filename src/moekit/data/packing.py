@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moekit.config.atomic import write_bytes
 from moekit.config.errors import DataError
-from moekit.data.atomic import write_bytes
 from moekit.data.documents import Document
 from moekit.data.tokenizer import Tokenizer
 

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from moekit.config.atomic import new_folder
 from moekit.config.data import DataConfig
 from moekit.config.errors import DataError
-from moekit.data.atomic import new_folder
 from moekit.data.corpora import build_corpus, resolve
 from moekit.data.documents import SourceInfo
 from moekit.data.packing import TokenizedSplit, pack

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moekit.config.atomic import new_folder
 from moekit.config.errors import DataError
 from moekit.data import clients
 from moekit.data.archives import unpack
-from moekit.data.atomic import new_folder
 from moekit.data.clients import Package, RegistryUnavailable
 
 _MANIFEST = "moekit-package.json"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moekit.config.atomic import write_text
 from moekit.config.errors import ConfigError, DataError, require
-from moekit.data.atomic import write_text
 from moekit.data.documents import Document
 
 if TYPE_CHECKING:

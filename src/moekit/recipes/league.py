@@ -10,11 +10,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from moekit.config.atomic import write_text
 from moekit.config.errors import ConfigError, nearest
 from moekit.config.model import ModelConfig
 from moekit.config.moe import BalanceConfig, MoEConfig
 from moekit.config.train import RunConfig
-from moekit.data.atomic import write_text
 from moekit.data.prepare import PreparedData, prepare
 from moekit.data.tokenizer import Tokenizer
 from moekit.evaluate.metrics import balance_summary, evaluate_split, mean_bits_per_byte

@@ -19,9 +19,9 @@ import torch
 import yaml
 
 from moekit import __version__
+from moekit.config.atomic import write_text
 from moekit.config.model import ModelConfig, TransformerXLConfig
 from moekit.config.train import RunConfig
-from moekit.data.atomic import write_text
 from moekit.data.loader import evaluation_batches
 from moekit.data.prepare import PreparedData, prepare
 from moekit.evaluate.machine import cores, cpu_name, memory

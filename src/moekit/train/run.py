@@ -27,10 +27,10 @@ import torch
 from torch import nn
 
 from moekit import __version__
+from moekit.config.atomic import write_text
 from moekit.config.errors import CheckpointError, ConfigError, Interrupted
 from moekit.config.loading import load_run_config, save_run_config
 from moekit.config.train import RunConfig
-from moekit.data.atomic import write_text
 from moekit.data.loader import TrainLoader, evaluation_batches
 from moekit.data.prepare import PreparedData, prepare
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
