@@ -23,6 +23,13 @@ MODELS = {
         d_model=32, n_layers=2, n_heads=2, d_ff=32, max_seq_len=64, init_std=0.2, qk_norm="head",
         moe=MoEConfig(n_experts=4, top_k=2, d_expert=16, n_shared_experts=1),
     ),
+    # its keyword holds from there on: a cache of keys and values does not know whether it was there
+    "rule": ModelConfig(
+        d_model=32, n_layers=2, n_heads=2, d_ff=32, max_seq_len=64, init_std=0.2,
+        moe=MoEConfig(n_experts=4, top_k=1, d_expert=16, router={"name": "rule", "options": {
+            "rules": [{"expert": 3, "token_ids": [[i] for i in range(60, 75)]}], "scope": "onward"}},
+            balance={"load_balance": 0}),
+    ),
     "xl": TransformerXLConfig(
         d_model=32, n_layers=2, n_heads=2, d_ff=32, max_seq_len=64, memory_length=64, init_std=0.2
     ),
@@ -88,7 +95,7 @@ def test_equals_the_plain_loop(model, tokenizer, rules):
         assert result.tokens_per_second > 0 or not expected
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "rule"])
 @pytest.mark.parametrize("prompt", ["the", "the cat sat on the mat. " * 4])
 def test_decoder_past_its_window(tokenizer, kind, prompt):
     torch.manual_seed(0)

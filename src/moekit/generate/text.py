@@ -226,6 +226,9 @@ def make_reader(model: nn.Module, batch: int, max_tokens: int) -> Reader:
     if isinstance(config, TransformerXLConfig):
         return RecurrentReader(model)
     if isinstance(config, ModelConfig):
+        sparse: Any = getattr(model, "moe_layers", ())
+        if any(layer.router.reads_history for layer in sparse):
+            return RereadingReader(model, batch)
         return CachedReader(model, batch, max_tokens)
     raise ConfigError(
         f"model.config must be a ModelConfig or a TransformerXLConfig; got {type(config).__name__}. "
@@ -265,6 +268,31 @@ class CachedReader:
     def keep_rows(self, rows: Tensor) -> None:
         self.cache.keep_rows(rows)
         self.recent = self.recent[rows]
+
+
+class RereadingReader:
+    """A decoder without a cache, for routers that read earlier tokens: each step computes the text again.
+
+    It sees what `CachedReader` would: at most `max_seq_len` tokens, and the latest half of them, or what came
+    in last, where they are full.
+    """
+
+    def __init__(self, model: nn.Module, batch: int) -> None:
+        self.model: Any = model
+        self.window: int = self.model.config.max_seq_len
+        self.device = next(model.parameters()).device
+        self.text = torch.empty(batch, 0, dtype=torch.long)
+
+    def read(self, token_ids: Tensor) -> Tensor:
+        self.text = torch.cat([self.text, token_ids], dim=1)
+        if self.text.shape[1] > self.window:
+            new = min(token_ids.shape[1], self.window)
+            self.text = self.text[:, -max(new, self.window // 2) :]
+        out = self.model(self.text.to(self.device), return_logits=False)
+        return self.model.head.logits(out.hidden_states[:, -1])
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self.text = self.text[rows]
 
 
 class RecurrentReader:
