@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
 from routing_helpers import ask, choices, random_logits, router_of, with_logits
 
 from moekit.config.errors import ConfigError
+from moekit.layers.routing import UntaughtRouterWarning
 from moekit.layers.statistics import RoutingStats
 
 ONE = torch.ones(1, 1)
@@ -298,3 +300,36 @@ def test_hierarchical_normalised_and_its_rules() -> None:
         router_of("hierarchical", {"n_groups": 4, "top_groups": 2}, top_k=3)
     with pytest.raises(ConfigError, match="top_k must be at most top_groups"):
         router_of("hierarchical", {"n_groups": 4, "top_groups": 1}, top_k=3)
+
+
+# ---------------------------------------------------------------- one expert per token
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "is_taught"),
+    [
+        ("softmax", {"normalize": "after"}, False),
+        ("softmax", {"normalize": "before"}, True),
+        ("sigmoid", {"normalize": True}, False),
+        ("sigmoid", {"normalize": False}, True),
+        ("group_limited", {"n_groups": 2, "top_groups": 1, "normalize": True}, False),
+        ("group_limited", {"n_groups": 2, "top_groups": 1, "normalize": False}, True),
+        ("hierarchical", {"n_groups": 2, "top_groups": 1, "normalize": True}, False),
+        ("noisy_topk", {}, False),
+        ("switch", {}, True),
+    ],
+)
+def test_a_router_that_the_task_cannot_teach_warns(name: str, options: dict, is_taught: bool) -> None:
+    """The warning is true: the weights of one chosen expert have a gradient exactly where it is silent."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        router = router_of(name, options, d_model=6, n_experts=4, top_k=1)
+    warned = [w for w in caught if w.category is UntaughtRouterWarning]
+    assert len(warned) == (0 if is_taught else 1)
+    plan = ask(router, torch.randn(20, 6))
+    (plan.row_weight * torch.randn(20)).sum().backward()
+    assert (router.weight.grad.abs().max() > 1e-5) == is_taught
+    assert all("top_k 2 or more" in str(w.message) for w in warned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        router_of(name, options, d_model=6, n_experts=4, top_k={"switch": 1}.get(name, 2))

@@ -57,7 +57,8 @@ class BalanceConfig(StrictConfig):
     )
     scope: Literal["global_batch", "sequence"] = Field(
         default="global_batch",
-        description="over which tokens f and P are taken: all of the optimizer step, or each sequence by itself",
+        description="over which tokens f and P are taken: the optimizer step's (with gradient accumulation, f of "
+        "the micro-batches so far and P of the present one), or each sequence by itself",
     )
     router_z: float = Field(
         default=0.001, ge=0, description="coefficient of the mean squared log-sum-exp of logits"

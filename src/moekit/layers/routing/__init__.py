@@ -20,7 +20,22 @@
 """
 
 from moekit.layers.routing import adaptive, balanced, fixed, hierarchical, soft, topk  # noqa: F401  (they register)
-from moekit.layers.routing.base import ROUTERS, LearnedRouter, Router, build_router, register_router
+from moekit.layers.routing.base import (
+    ROUTERS,
+    LearnedRouter,
+    Router,
+    UntaughtRouterWarning,
+    build_router,
+    register_router,
+)
 from moekit.layers.routing.fixed import keyword_rules
 
-__all__ = ["ROUTERS", "LearnedRouter", "Router", "build_router", "keyword_rules", "register_router"]
+__all__ = [
+    "ROUTERS",
+    "LearnedRouter",
+    "Router",
+    "UntaughtRouterWarning",
+    "build_router",
+    "keyword_rules",
+    "register_router",
+]

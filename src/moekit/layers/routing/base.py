@@ -18,6 +18,7 @@ tensor([3, 0, 0, 0])
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
@@ -30,6 +31,11 @@ from moekit.config.errors import ConfigError, nearest, require
 from moekit.config.moe import MoEConfig
 from moekit.layers.plan import RoutingContext, RoutingPlan
 from moekit.layers.statistics import RoutingStats
+
+
+class UntaughtRouterWarning(UserWarning):
+    """A learned router whose choice the task's loss cannot improve."""
+
 
 ROUTERS: dict[str, type[Router]] = {}
 R = TypeVar("R", bound="type[Router]")
@@ -141,6 +147,18 @@ class LearnedRouter(Router):
         super().__init__(d_model, config, options)
         self.weight = nn.Parameter(torch.empty(self.n_experts, d_model))
         self.reset_parameters()
+        if self.top_k == 1 < self.n_experts and self.always_normalizes(options):
+            warnings.warn(
+                f"router {self.name!r} with top_k 1 scales its one weight to 1, so that only the balancing losses "
+                f"teach it and the task does not. Use top_k 2 or more, router 'switch', or options that leave "
+                f"the weight as it is (router 'softmax' with normalize: before, the others with normalize: false)",
+                UntaughtRouterWarning,
+                stacklevel=2,
+            )
+
+    def always_normalizes(self, options: StrictConfig) -> bool:
+        """Whether the weights of a token's chosen experts sum to 1 whatever the logits are."""
+        return getattr(options, "normalize", False) in (True, "after")
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Normal initial weights."""

@@ -109,6 +109,9 @@ class RuleRouter(LearnedRouter):
         one_token = all(len(keyword) <= 1 for rule in opts.rules for keyword in rule.token_ids)
         self.reads_history = opts.function is not None or opts.scope != "token" or not one_token
 
+    def always_normalizes(self, options: StrictConfig) -> bool:
+        return True
+
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         if context.token_ids is None:
             raise ConfigError(

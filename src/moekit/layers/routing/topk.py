@@ -86,6 +86,9 @@ class NoisyTopKRouter(LearnedRouter):
         # zeros, as in the paper: all experts start with equal noise softplus(0)
         self.noise_weight = nn.Parameter(torch.zeros(self.n_experts, d_model))
 
+    def always_normalizes(self, options: StrictConfig) -> bool:
+        return True  # softmax over the chosen logits
+
     def reset_parameters(self, std: float = 0.02) -> None:
         nn.init.normal_(self.weight, std=std)
         if hasattr(self, "noise_weight"):
