@@ -70,7 +70,9 @@ def main() -> None:
             moe = run.model.moe.replace(balance=BalanceConfig(**WAYS[name]), router={"name": args.router})
             train = run.train.replace(seed=seed, validate_every=0)
             results.append(
-                train_and_evaluate(run.replace(model=run.model.replace(moe=moe), train=train), data)
+                train_and_evaluate(
+                    run.replace(model=run.model.replace(moe=moe, moe_by_layer={}), train=train), data
+                )
             )
             print(name, seed, results[-1]["loss"], results[-1]["balance"]["max_violation"], flush=True)
         layers = [[layer["max_violation"] for layer in r["balance"]["layers"]] for r in results]

@@ -11,8 +11,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does; see moekit.cli.main
 
-from moekit.config.train import RunConfig
 from moekit.config.atomic import write_text
+from moekit.config.train import RunConfig
 from moekit.data.prepare import PreparedData, prepare
 from moekit.evaluate.metrics import balance_summary, evaluate_split, experts_by_domain, mean_bits_per_byte
 from moekit.evaluate.run import setting_of

@@ -92,6 +92,33 @@ def test_bias_update_by_hand() -> None:
     assert router.expert_bias.tolist() == pytest.approx([-0.015, 0.0, 0.015, 0.015])
 
 
+def test_proportional_bias_update_by_hand() -> None:
+    router = router_of(
+        "softmax", n_experts=4, balance={"bias_update_rate": 0.01, "bias_update": "proportional"}
+    )
+    # mean 5: 15 is twice the mean too much and cut off at -1; 4 lacks a fifth, 1 lacks four fifths, 0 all of it
+    stats = RoutingStats(torch.tensor([15, 4, 1, 0]), *torch.zeros(4, dtype=torch.long))
+    router.after_step(stats, scale=0.5)
+    assert router.expert_bias.tolist() == pytest.approx([-0.005, 0.001, 0.004, 0.005])
+    # a step without a token changes nothing
+    router.after_step(RoutingStats(torch.zeros(4, dtype=torch.long), *torch.zeros(4, dtype=torch.long)))
+    assert router.expert_bias.tolist() == pytest.approx([-0.005, 0.001, 0.004, 0.005])
+
+
+@pytest.mark.parametrize(("rule", "is_even"), [("sign", False), ("proportional", True)])
+def test_skewed_loads_are_even_in_the_mean_only_with_the_proportional_rule(rule: str, is_even: bool) -> None:
+    """An expert that one step in ten sends everything and the others nothing: the sign feeds it for ever."""
+    router = router_of(
+        "softmax", n_experts=2, top_k=1, d_model=1, balance={"bias_update_rate": 0.001, "bias_update": rule},
+        router={"name": "softmax", "normalize": "before"},
+    )  # fmt: skip
+    loads = [[19, 1] if step % 10 == 0 else [9, 11] for step in range(1000)]  # both 10 in the mean
+    for load in loads:
+        router.after_step(RoutingStats(torch.tensor(load), *torch.zeros(4, dtype=torch.long)))
+    drift = float(router.expert_bias[0] - router.expert_bias[1])
+    assert (abs(drift) < 1e-3) == is_even
+
+
 def test_the_bias_keeps_its_rate_where_it_is_told_to() -> None:
     balance = {"bias_update_rate": 0.01, "bias_update_decay": False}
     router = router_of("softmax", n_experts=2, balance=balance)

@@ -48,6 +48,10 @@ CONFIGS = {
     "linear path": ModelConfig(**SMALL, moe=sparse(activation="sigmoid", linear_path=True)),
     "hierarchical": ModelConfig(**SMALL, moe=sparse(router={"name": "hierarchical", "n_groups": 3})),
     "hash": ModelConfig(**SMALL, moe=sparse(router="hash")),
+    "layers that differ": ModelConfig(
+        **SMALL, moe=sparse(),
+        moe_by_layer={0: {"router": "hash", "n_experts": 9}, 1: {"top_k": 3, "d_expert": 7, "n_shared_experts": 1}},
+    ),
     "all experts": ModelConfig(**SMALL, moe=sparse(n_experts=3, top_k=3)),
 }  # fmt: skip
 PARAMETERS_ONLY = {

@@ -37,6 +37,14 @@ CONFIGS = {
         **SMALL, n_dense_layers=1, moe=moe(router="sigmoid", balance={"bias_update_rate": 0.01})
     ),
     "hash": ModelConfig(**SMALL, moe=moe(router="hash")),
+    "layers that differ": ModelConfig(
+        **SMALL,
+        moe=moe(),
+        moe_by_layer={
+            0: {"router": "hash", "n_experts": 7},
+            1: {"top_k": 1, "router": {"name": "softmax", "normalize": "before"}},
+        },
+    ),
     "threshold": ModelConfig(**SMALL, moe=moe(router="threshold", null_experts={"copy_input": 1})),
 }
 every = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -232,6 +240,53 @@ def test_routing_and_losses_of_the_sparse_layers() -> None:
     assert out.aux_losses.keys() == {"load_balance", "router_z"}
     for name, loss in out.aux_losses.items():
         same(loss, (each[0][name] + each[1][name]) / 2)
+
+
+def test_a_layer_may_differ_from_the_others() -> None:
+    config = ModelConfig.from_dict({
+        **SMALL, "n_layers": 3, "moe": {"n_experts": 4, "d_expert": 12, "router": "sigmoid",
+                                        "balance": {"bias_update_rate": 0.1}},
+        "moe_by_layer": {"0": {"router": "hash", "n_experts": 6, "balance": {"bias_update_rate": 0}}},
+    })  # fmt: skip
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    model = build_model(config)
+    assert [(layer.router.name, layer.router.n_experts) for layer in model.moe_layers] == [
+        ("hash", 6), ("sigmoid", 4), ("sigmoid", 4)
+    ]  # fmt: skip
+    assert config.moe_of(0).balance.load_balance == config.moe.balance.load_balance
+    inputs: list[Tensor] = []
+    for layer in model.moe_layers[1:]:
+        layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    out = model(tokens(2, 6))
+    assert [len(plan.tokens_per_expert) for plan in out.routing] == [6, 4, 4]
+    # the hash has no probabilities: the loss is the mean of the two layers that have it, and 1 is still perfect
+    each = [layer(x).aux_losses for layer, x in zip(model.moe_layers[1:], inputs[:2], strict=True)]
+    same(out.aux_losses["load_balance"], (each[0]["load_balance"] + each[1]["load_balance"]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "error"),
+    [
+        (
+            {2: {"top_k": 1}},
+            {},
+            r"moe_by_layer must be the number of a sparse layer.*got 2.*Sparse layers: 0, 1",
+        ),
+        ({0: {"top_k": 1}}, {"n_dense_layers": 1}, r"moe_by_layer must be .*got 0.*Sparse layers: 1"),
+        ({0: {"topk": 1}}, {}, r"moe_by_layer.0.topk is not a known key: .*top_k"),
+        ({0: {"top_k": 9}}, {}, r"moe_by_layer.0.top_k must be in 1..n_experts \(4\); got 9"),
+        (
+            {0: {"balance": {"load_balance": 0}}},
+            {},
+            r"moe_by_layer.0.balance may hold bias_update.*moe.balance",
+        ),
+        ({1: {"d_out": 8}}, {}, r"moe.d_out must be null or d_model \(16\)"),
+        ({1: {"top_k": 1}}, {"moe": None}, r"moe_by_layer must be .*Sparse layers: none"),
+    ],
+)
+def test_wrong_changes_of_a_layer(changes: dict, fields: dict, error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        ModelConfig.from_dict({**SMALL, "moe": moe(), "moe_by_layer": changes} | fields)
 
 
 def test_wrong_input_says_what_was_expected() -> None:

@@ -12,13 +12,18 @@ from moekit.models.twins import WIDTH_STEP, dense_twin, transformer_xl_twin
 BASE = {"vocab_size": 100, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 16}
 SPARSE = {
     "plain": ModelConfig(**BASE, moe=MoEConfig(n_experts=8, d_expert=20, top_k=2)),
-    "one expert": ModelConfig(**BASE, moe=MoEConfig(n_experts=8, d_expert=24, top_k=1)),
+    "one expert": ModelConfig(
+        **BASE, moe=MoEConfig(n_experts=8, d_expert=24, top_k=1, router={"name": "switch"})
+    ),
     "shared": ModelConfig(
         **BASE, moe=MoEConfig(n_experts=8, d_expert=11, top_k=3, n_shared_experts=1, shared_gate=True)
     ),
     "some dense": ModelConfig(**BASE, n_dense_layers=1, d_ff=40, moe=MoEConfig(n_experts=4, d_expert=32)),
     "every second": ModelConfig(
         **BASE, moe_every=2, d_ff=48, tie_embeddings=False, moe=MoEConfig(d_expert=9)
+    ),
+    "layers that differ": ModelConfig(
+        **BASE, moe=MoEConfig(n_experts=8, d_expert=20), moe_by_layer={1: {"n_experts": 4, "d_expert": 60}}
     ),
     "relu": ModelConfig(
         **BASE, activation="relu", qk_norm="head", moe=MoEConfig(activation="relu", d_expert=30)
@@ -41,7 +46,9 @@ def test_dense_twin(config: ModelConfig, equal: str) -> None:
     assert twin.d_ff % WIDTH_STEP == 0
     assert twin.moe is None
     # the width alone was chosen
-    sparse_only = {"moe": config.moe, "n_dense_layers": config.n_dense_layers, "moe_every": config.moe_every}
+    sparse_only = {
+        name: getattr(config, name) for name in ("moe", "n_dense_layers", "moe_every", "moe_by_layer")
+    }
     assert twin.replace(d_ff=config.d_ff, **sparse_only) == config
 
 

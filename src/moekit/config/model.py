@@ -11,6 +11,9 @@ from moekit.config.base import StrictConfig
 from moekit.config.errors import ConfigError, require
 from moekit.config.moe import Activation, MoEConfig
 
+# what a single layer may change in its balancing
+_BIAS_KEYS = frozenset({"bias_update_rate", "bias_update", "bias_update_decay"})
+
 
 class ModelConfig(StrictConfig):
     """A decoder whose shapes cover Llama, Qwen3, Mixtral, OLMoE, Qwen2/3-MoE and DeepSeek-style experts.
@@ -44,6 +47,10 @@ class ModelConfig(StrictConfig):
     moe: MoEConfig | None = Field(default=None, description="the sparse layers; null for a dense model")
     n_dense_layers: int = Field(default=0, ge=0, description="layers at the start that stay dense (DeepSeek)")
     moe_every: int = Field(default=1, ge=1, description="one layer in this many is sparse")
+    moe_by_layer: dict[int, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="what differs from `moe` in single layers, from 0: {0: {router: hash}}",
+    )
     allow_noncausal_router: bool = Field(
         default=False,
         description="accept a router that looks at later tokens although the model predicts them",
@@ -67,7 +74,12 @@ class ModelConfig(StrictConfig):
         if self.moe is not None:
             require(any(self.is_moe_layer(i) for i in range(self.n_layers)), "n_dense_layers", self.n_dense_layers,
                     f"leaves no sparse layer among {self.n_layers}", "Lower it, or remove moe")  # fmt: skip
-            require(self.moe.d_out in (None, self.d_model), "moe.d_out", self.moe.d_out,
+        for index in self.moe_by_layer:
+            require(0 <= index < self.n_layers and self.is_moe_layer(index), "moe_by_layer", index,
+                    "must be the number of a sparse layer, counted from 0",
+                    f"Sparse layers: {', '.join(map(str, self.moe_layers)) or 'none'}")  # fmt: skip
+        for moe in (self.moe_of(index) for index in self.moe_layers):
+            require(moe is None or moe.d_out in (None, self.d_model), "moe.d_out", moe and moe.d_out,
                     f"must be null or d_model ({self.d_model}) inside a model")  # fmt: skip
         return self
 
@@ -84,6 +96,33 @@ class ModelConfig(StrictConfig):
         if self.moe is None or index < self.n_dense_layers:
             return False
         return (index - self.n_dense_layers) % self.moe_every == self.moe_every - 1
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the sparse layers, from 0."""
+        return tuple(index for index in range(self.n_layers) if self.is_moe_layer(index))
+
+    def moe_of(self, index: int) -> MoEConfig | None:
+        """Configuration of the sparse layer `index`, from 0: `moe` with that layer's changes; None in a dense layer.
+
+        >>> config = ModelConfig(moe=MoEConfig(n_experts=8), moe_by_layer={0: {"router": "hash"}})
+        >>> config.moe_of(0).router.name, config.moe_of(1).router.name, config.moe_of(0).n_experts
+        ('hash', 'softmax', 8)
+        """
+        if self.moe is None or not self.is_moe_layer(index):
+            return None
+        changes = self.moe_by_layer.get(index)
+        if not changes:
+            return self.moe
+        where = f"moe_by_layer.{index}"
+        fields = {**self.moe.to_dict(), **changes}
+        if "balance" in changes:
+            balance = changes["balance"]
+            require(isinstance(balance, Mapping) and set(balance) <= _BIAS_KEYS, f"{where}.balance", balance,
+                    f"may hold {', '.join(sorted(_BIAS_KEYS))} only",
+                    "Coefficients of losses hold for the model: set them in moe.balance")  # fmt: skip
+            fields["balance"] = {**self.moe.balance.to_dict(), **balance}
+        return MoEConfig.from_dict(fields, where=where)
 
 
 class TransformerXLConfig(StrictConfig):

@@ -72,7 +72,11 @@ class BalanceConfig(StrictConfig):
     bias_update_rate: float = Field(
         default=0.0,
         ge=0,
-        description="auxiliary-loss-free balancing: b += rate * sign(mean load - load) each step",
+        description="auxiliary-loss-free balancing: b += rate * direction each step; 0 for none",
+    )
+    bias_update: Literal["sign", "proportional"] = Field(
+        default="sign",
+        description="the direction: sign(mean load - load), or (mean load - load) / mean load within -1..1",
     )
     bias_update_decay: bool = Field(
         default=True,

@@ -71,9 +71,9 @@ def _cost(config: AnyConfig) -> Cost:
     layers = Cost(config.d_model, config.d_model, 0)  # the last norm
     for index in range(config.n_layers):
         layers = layers + _attention(config)
-        if config.is_moe_layer(index):
-            assert config.moe is not None
-            layers = layers + moe_cost(config.d_model, config.moe)
+        moe = config.moe_of(index)
+        if moe is not None:
+            layers = layers + moe_cost(config.d_model, moe)
         else:
             layers = layers + _mlp(config.d_model, config.d_ff, config.activation, False)
     return vocabulary + layers

@@ -57,8 +57,9 @@ class BackboneLayer(nn.Module):
         )
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward: MoE | MLP
-        if config.is_moe_layer(index):
-            self.feed_forward = MoE(config.d_model, config.moe)
+        moe = config.moe_of(index)
+        if moe is not None:
+            self.feed_forward = MoE(config.d_model, moe)
             _refuse_lookahead(self.feed_forward, config)
         else:
             self.feed_forward = MLP(config.d_model, config.d_ff, activation=config.activation)
@@ -132,7 +133,7 @@ class Backbone(nn.Module):
         rotary = self.rotary(held, length, x)
         inputs = LayerInputs(rotary, mask, token_ids, token_mask, segment_ids, cache)
         counts = iter(earlier_counts or [])
-        sums: dict[str, Tensor] = {}
+        found: dict[str, list[Tensor]] = {}
         plans: list[RoutingPlan] = []
         for layer in self.layers:
             earlier = next(counts, None) if isinstance(layer.feed_forward, MoE) else None
@@ -141,12 +142,13 @@ class Backbone(nn.Module):
             else:
                 x, losses, plan = layer(x, inputs, earlier)
             for name, loss in losses.items():
-                sums[name] = sums[name] + loss if name in sums else loss
+                found.setdefault(name, []).append(loss)
             if plan is not None:
                 plans.append(plan)
         if cache is not None:
             cache.advance(length)
-        means = {name: total / len(plans) for name, total in sums.items()}
+        # of the layers that have it: a router without probabilities has no load-balance loss
+        means = {name: torch.stack(losses).mean() for name, losses in found.items()}
         return BackboneOutput(self.norm(x), means, tuple(plans))
 
     @torch.no_grad()

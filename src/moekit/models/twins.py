@@ -26,11 +26,9 @@ def dense_twin(config: ModelConfig, equal: Literal["active", "total"] = "active"
     if config.moe is None:
         return config
     target = active_parameters(config) if equal == "active" else total_parameters(config)
-    width = _width(
-        lambda d_ff: total_parameters(config.replace(moe=None, n_dense_layers=0, moe_every=1, d_ff=d_ff)),
-        target,
-    )
-    return config.replace(moe=None, n_dense_layers=0, moe_every=1, d_ff=width)
+    dense = config.replace(moe=None, n_dense_layers=0, moe_every=1, moe_by_layer={})
+    width = _width(lambda d_ff: total_parameters(dense.replace(d_ff=d_ff)), target)
+    return dense.replace(d_ff=width)
 
 
 def transformer_xl_twin(

@@ -117,7 +117,7 @@ def _model(base: RunConfig, name: str, tokenizer: Tokenizer) -> ModelConfig:
         fields |= {"d_expert": 2 * moe.d_expert, "n_experts": moe.n_experts // 2}
     config = MoEConfig.from_dict(fields, where="model.moe")
     build_router(base.model.d_model, config)
-    return base.model.replace(moe=config)
+    return base.model.replace(moe=config, moe_by_layer={})
 
 
 def _contestant(config: RunConfig, data: PreparedData) -> dict[str, float]:

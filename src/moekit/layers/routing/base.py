@@ -104,6 +104,7 @@ class Router(nn.Module):
         super().__init__()
         self.d_model, self.n_experts, self.top_k = d_model, config.n_choices, config.top_k
         self.bias_update_rate = config.balance.bias_update_rate
+        self.bias_update = config.balance.bias_update
         self.bias_update_decay = config.balance.bias_update_decay
         self.options = options
         require(
@@ -127,14 +128,19 @@ class Router(nn.Module):
         """Called once after each optimizer step with the routing of the whole step.
 
         Auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664): b += rate * sign(mean load -
-        load). `scale` is the learning-rate schedule of training; it multiplies the rate, so that the bias
+        load), or with `balance.bias_update: proportional` the relative error itself, (mean load - load) /
+        mean load, cut off at -1 and 1. Where batches are small and experts specialise, an expert's load is
+        skewed from step to step: the sign then evens the median of its loads, the relative error their mean.
+
+        `scale` is the learning-rate schedule of training; it multiplies the rate, so that the bias
         settles with the weights, unless `balance.bias_update_decay` is false (the paper's constant rate).
         """
         if self.expert_bias is not None:
             load = stats.requested_per_expert.double()  # exact, whatever type the model was cast to
-            direction = torch.sign(load.mean() - load).to(self.expert_bias)
+            error = (load.mean() - load) / load.mean().clamp(min=1)
+            direction = error.sign() if self.bias_update == "sign" else error.clamp(-1, 1)
             decay = scale if self.bias_update_decay else 1.0
-            self.expert_bias += decay * self.bias_update_rate * direction
+            self.expert_bias += (decay * self.bias_update_rate * direction).to(self.expert_bias)
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, n_experts={self.n_experts}, top_k={self.top_k}, {self.options}"
