@@ -170,7 +170,7 @@ def main() -> None:
         "balancing",
         "Balancing: what it costs and what it reaches",
         f"python benchmarks/balancing.py {' '.join(options)}",
-        f"The quickstart's MoE with router {args.router} in every layer, {args.seeds} seeds; router z-loss 0.001 in all "
+        f"The quickstart's MoE with router {args.router} in every layer, {args.seeds} seeds; z-loss 0.001 in all "
         "rows. Two fifths of the documents are validation. Loss in nats per token; max violation is the largest load "
         "over the mean load, less one, over the whole validation set. From sampling: what a perfectly even model would "
         "show on a set of so many documents, by bootstrap over documents.",
