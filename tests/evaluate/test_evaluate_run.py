@@ -77,7 +77,9 @@ def test_everything_about_a_sparse_run(workplace):
     for name, function in (("active_parameters", active_parameters), ("total_parameters", total_parameters),
                            ("flops_per_token", flops_per_token)):  # fmt: skip
         assert report[name] == function(run.config.model)
-    assert len(report["balance"]["layers"]) == 2
+    routers = [layer.router.name for layer in run.model.moe_layers]
+    for table in ("balance", "experts_by_domain"):
+        assert [layer["router"] for layer in report[table]["layers"]] == routers == ["softmax"] * 2
     assert report["experts_by_domain"]["domains"] == ["animals", "colours"]
     for layer in report["experts_by_domain"]["layers"]:
         assert [sum(row) for row in layer["share"]] == pytest.approx([1, 1])

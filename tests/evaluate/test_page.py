@@ -338,6 +338,28 @@ def test_the_heat_map_is_explained_with_its_strongest_example(report: dict[str, 
     assert "about 33.3 in every cell" in text
 
 
+def test_layers_that_learn_no_routing_are_told_apart(report: dict[str, Any]) -> None:
+    """A hash splits the domains more sharply here, but what it does was not learned: the others are the example."""
+    assert "hash router" not in Page(render_quickstart_page(report)).text
+    layers = [
+        {"layer": 0, "router": "hash", "share": [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]},
+        {"layer": 1, "router": "softmax", "share": [[0.75, 0.15, 0.1], [0.2, 0.2, 0.6]]},
+    ]
+    report["experts_by_domain"] = {"domains": ["code", "chinese"], "layers": layers}
+    report["balance"]["layers"] = [
+        {"layer": layer["layer"], "router": layer["router"], "load": [0.5, 0.2, 0.3], "max_violation": 0.5}
+        for layer in layers
+    ]
+    text = Page(render_quickstart_page(report)).text
+    assert text.count("Layer 0, hash") == text.count("Layer 1, softmax") >= 2
+    assert "expert 0 of layer 1 receives 75.0%" in text
+    assert text.count("hash router") == 2
+    assert "Experts by domain, layer 1" in summary_figure(report)
+    layers[1]["router"] = "hash"  # no learned layer is left
+    assert "expert 0 of layer 0 receives 100.0%" in Page(render_quickstart_page(report)).text
+    assert "Experts by domain, layer 0" in summary_figure(report)
+
+
 # curves ------------------------------------------------------------------------------------------------
 
 

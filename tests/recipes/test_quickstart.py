@@ -135,6 +135,8 @@ def test_descriptions():
     _, runs = runs_of("full")
     moe = runs["moe"].model
     assert f"{moe.moe.n_experts} experts of width {moe.moe.d_expert}, top {moe.moe.top_k}" in describe(moe)
+    assert describe(moe).endswith("by router hash (layers 0, 1) and softmax (layers 2, 3)")
+    assert describe(moe.replace(moe_by_layer={})).endswith("by router softmax")
     shared = moe.replace(moe=moe.moe.replace(n_shared_experts=2))
     assert ", 2 shared, " in describe(shared)
     assert f"feed-forward {runs['dense'].model.d_ff}" in describe(runs["dense"].model)

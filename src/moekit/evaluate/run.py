@@ -72,6 +72,10 @@ def evaluate_model(run: LoadedRun, data: PreparedData, setting: Setting) -> dict
     train = evaluate_split(model, data.train, tokenizer, gap_setting)
     held_out = evaluate_split(model, data.held_out, tokenizer, setting)
     config = run.config.model
+    balance, by_domain = balance_summary(validation), experts_by_domain(validation)
+    for table in (balance, by_domain):
+        for row, layer in zip(table.get("layers", ()), getattr(model, "moe_layers", ()), strict=True):
+            row["router"] = layer.router.name
     mean = mean_bits_per_byte(validation)
     return {
         "run": str(run.folder),
@@ -88,6 +92,6 @@ def evaluate_model(run: LoadedRun, data: PreparedData, setting: Setting) -> dict
         "active_parameters": active_parameters(config),
         "total_parameters": total_parameters(config),
         "flops_per_token": flops_per_token(config),
-        "balance": balance_summary(validation),
-        "experts_by_domain": experts_by_domain(validation),
+        "balance": balance,
+        "experts_by_domain": by_domain,
     }

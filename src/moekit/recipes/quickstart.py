@@ -206,9 +206,18 @@ def describe(config: ModelConfig | TransformerXLConfig) -> str:
     if config.moe is None:
         return f"decoder, {config.n_layers} layers, width {config.d_model}, feed-forward {config.d_ff}"
     moe = config.moe
+    routers = {index: (config.moe_of(index) or moe).router.name for index in config.moe_layers}
+    by_name = {
+        name: [str(index) for index in routers if routers[index] == name]
+        for name in dict.fromkeys(routers.values())
+    }
+    rules = " and ".join(
+        name if len(by_name) == 1 else f"{name} (layers {', '.join(layers)})"
+        for name, layers in by_name.items()
+    )
     shared = f", {moe.n_shared_experts} shared" if moe.n_shared_experts else ""
     return (f"decoder, {config.n_layers} layers, width {config.d_model}, {moe.n_experts} experts of width "
-            f"{moe.d_expert}{shared}, top {moe.top_k} by router {moe.router.name}")  # fmt: skip
+            f"{moe.d_expert}{shared}, top {moe.top_k} by router {rules}")  # fmt: skip
 
 
 def summary_line(report: Mapping[str, Any]) -> str:

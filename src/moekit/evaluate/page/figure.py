@@ -9,7 +9,7 @@ from moekit.evaluate.charts import draw_multiples
 from moekit.evaluate.charts.numbers import format_count
 from moekit.evaluate.page.headline import are_equal, make_headline, present
 from moekit.evaluate.page.losses import draw_loss
-from moekit.evaluate.page.routing import draw_experts, full_colour, overlap
+from moekit.evaluate.page.routing import draw_experts, full_colour, is_fixed, overlap
 from moekit.evaluate.page.schema import check_report
 
 _HEIGHT = 392.0
@@ -18,8 +18,8 @@ _HEIGHT = 392.0
 def summary_figure(report: Mapping[str, Any]) -> str:
     """One SVG file of 908 x 420 pixels for light and dark pages: loss over tokens, and experts by domain.
 
-    The heat map shows the layer whose domains differ most in their experts; without routing data the loss
-    takes the whole width.
+    The heat map shows the layer whose domains differ most in their experts, among those that learn their routing
+    if there are any; without routing data the loss takes the whole width.
 
     Raises:
         DataError: if a key of the report is missing or wrong.
@@ -40,7 +40,8 @@ def summary_figure(report: Mapping[str, Any]) -> str:
             )
         )  # fmt: skip
     if layers:
-        layer = min(layers, key=lambda one: overlap(one["share"]) or 0.0)
+        learned = [layer for layer in layers if not is_fixed(layer)]
+        layer = min(learned or layers, key=lambda one: overlap(one["share"]) or 0.0)
         n_experts = len(layer["share"][0])
         room = _HEIGHT - 68
         room -= 0 if room / n_experts >= 13 else 28  # cells too low for values get a key below them

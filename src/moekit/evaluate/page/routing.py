@@ -46,6 +46,11 @@ def load_section(report: Report) -> str:
         "line is the even share. Max violation says by how much the busiest expert lies above the mean: 0 is "
         "perfect, 0.10 means 10% more."
     )
+    if any(is_fixed(layer) for layer in layers):
+        intro += (
+            " A hash router sends each token id to experts of its own, decided before training; frequent tokens "
+            "therefore load theirs more, and nothing evens that."
+        )
     history = [point for point in balance.get("history") or [] if is_number(point["max_violation"])]
     course = ""
     if len(history) > 1:
@@ -60,15 +65,29 @@ def load_section(report: Report) -> str:
     )
 
 
+def layer_name(layer: Mapping[str, Any]) -> str:
+    """The number of a layer and, where the report says it, the rule of its router.
+
+    >>> layer_name({"layer": 0, "router": "hash"}), layer_name({"layer": 1})
+    ('Layer 0, hash', 'Layer 1')
+    """
+    return f"Layer {layer['layer']}" + (f", {layer['router']}" if layer.get("router") else "")
+
+
+def is_fixed(layer: Mapping[str, Any]) -> bool:
+    """Whether the layer's router learns nothing: what its experts serve was decided before training."""
+    return layer.get("router") in ("hash", "random")
+
+
 def _draw_load(layer: Mapping[str, Any], highest: float, width: float) -> Drawing:
     load, violation = layer["load"], format_number(layer["max_violation"], 3)
     even = 1 / max(1, len(load))
     return draw_bars(
         [str(index) for index in range(len(load))],
         [Bars("", [None if value is None else value * 100 for value in load], "s1")],
-        title=f"Load per expert, layer {layer['layer']}",
+        title=f"Load per expert, {layer_name(layer).lower()}",
         description=f"The even share is {even:.1%}; max violation {violation}.",
-        heading=f"Layer {layer['layer']}",
+        heading=layer_name(layer),
         subheading=f"max violation {violation}",
         x_label="expert",
         width=width,
@@ -153,13 +172,18 @@ def experts_section(report: Report) -> str:
         "Cells that stand out in one row only are experts that serve that domain. Columns are ordered by the "
         "domain that uses the expert most."
     )
+    if any(is_fixed(layer) for layer in table["layers"]):
+        intro += (
+            " In a layer with a hash router the differences are those of the domains’ words; in the others they were "
+            "learned."
+        )
     return section("experts", "Experts by domain", intro, f"<p>{_example(table)}</p>", grid(maps))
 
 
 def _example(table: Mapping[str, Any]) -> str:
     """The most one-sided expert of all layers, in words."""
     best: tuple[float, str] = (0.0, "")
-    for layer in table["layers"]:
+    for layer in [layer for layer in table["layers"] if not is_fixed(layer)] or table["layers"]:
         rows = [[value or 0.0 for value in row] for row in layer["share"]]
         for expert in range(len(rows[0]) if rows else 0):
             column = [row[expert] for row in rows]
@@ -193,9 +217,9 @@ def draw_experts(
     shared = overlap(share)
     common = f"domains share {format_percent(shared, 0)} of routing" if shared is not None else ""
     options: dict[str, Any] = {
-        "title": f"Experts by domain, layer {layer['layer']}",
+        "title": f"Experts by domain, {layer_name(layer).lower()}",
         "description": f"Percentage of each domain's routed tokens per expert; {common}.",
-        "heading": heading or f"Layer {layer['layer']}",
+        "heading": heading or layer_name(layer),
         "width": width,
         "high": highest * 100,
         "value_format": lambda value: f"{value:.0f}",

@@ -24,10 +24,10 @@ balance           of the MoE on the validation set, or null without one:
                   {max_violation (of the worst layer), load_entropy (mean over layers, divided by the log of
                    the number of experts: 1 is even),
                    dead_experts, dropped_share,
-                   layers: [{layer: int, load: [share per expert], max_violation}],
+                   layers: [{layer: int, router: name, load: [share per expert], max_violation}],
                    history: [{step, max_violation}]}
-experts_by_domain {domains: [str], layers: [{layer: int, share: [[share per expert] per domain]}]}, each row
-                  summing to 1, or null
+experts_by_domain {domains: [str], layers: [{layer: int, router: name, share: [[share per expert] per domain]}]},
+                  each row summing to 1, or null
 notes             [str]
 ```
 
@@ -77,7 +77,7 @@ _BALANCE = {
     "load_entropy": "number?",
     "dead_experts": "number?",
     "dropped_share": "number?",
-    "layers": [{"layer": "count", "load": ["number?"], "max_violation": "number?"}],
+    "layers": [{"layer": "count", "router?": "text", "load": ["number?"], "max_violation": "number?"}],
     "history?": [{"step": "count", "max_violation": "number?"}],
 }
 _REPORT = {
@@ -112,7 +112,7 @@ _REPORT = {
     "to_dense_loss": ("maybe", {"steps_share": "number?", "seconds_share": "number?"}),
     "balance": ("maybe", _BALANCE),
     "experts_by_domain": (
-        "maybe", {"domains": ["text"], "layers": [{"layer": "count", "share": [["number?"]]}]},
+        "maybe", {"domains": ["text"], "layers": [{"layer": "count", "router?": "text", "share": [["number?"]]}]},
     ),
     "notes": ["text"],
 }  # fmt: skip
