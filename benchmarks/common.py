@@ -11,7 +11,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command line does; see moekit.cli.main
 
-from moekit.config.atomic import write_text
+from moekit.config.atomic import write_json
 from moekit.config.train import RunConfig
 from moekit.data.prepare import PreparedData, prepare
 from moekit.evaluate.metrics import balance_summary, evaluate_split, experts_by_domain, mean_bits_per_byte
@@ -33,7 +33,7 @@ def write_result(
         "table": {"columns": columns, "rows": rows},
         **more,
     }
-    write_text(RESULTS / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_json(RESULTS / f"{name}.json", result)
     print(f"wrote {RESULTS / f'{name}.json'}")
 
 

@@ -269,3 +269,23 @@ def test_yaml_round_trip(data):
 )
 def test_text_that_looks_like_something_else_stays_text(text):
     assert parse_yaml(dump_yaml({"v": text}), "t") == {"v": text}
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("model.kind=foo", r"model\.kind must be one of decoder, transformer_xl; got 'foo'"),
+        # the keys of the other kind of model would be no help
+        (
+            "model={kind: transformer_xl, n_kv_heads: 3}",
+            r"model\.n_kv_heads is not a known key: (?!.*moe).*n_heads",
+        ),
+        (
+            "model={kind: decoder, dropot: 3}",
+            r"model\.dropot is not a known key: (?!.*memory_length).*n_heads",
+        ),
+    ],
+)
+def test_errors_speak_of_the_kind_that_is_meant(override, error):
+    with pytest.raises(ConfigError, match=error):
+        load_run_config(None, [override])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -42,17 +40,9 @@ def progress_to_stderr(active: bool) -> Iterator[None]:
 
 def print_json(answer: Any) -> None:
     """One JSON document; NaN and infinity become null, which JSON can hold."""
-    click.echo(json.dumps(_json_ready(answer), indent=2, ensure_ascii=False, allow_nan=False))
+    from moekit.config.atomic import json_ready
 
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    click.echo(json.dumps(json_ready(answer), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def print_tables(answer: Mapping[str, Any], title: str) -> None:

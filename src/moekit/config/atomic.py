@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 _TEMPORARY = ".partial-"
 _STALE_SECONDS = 24 * 3600
@@ -31,6 +34,26 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of UTF-8."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """`write_text` of readable JSON, made ready by `json_ready`."""
+    write_text(path, json.dumps(json_ready(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_ready(value: Any) -> Any:
+    """`value` with what JSON cannot hold replaced: tuples by lists, paths by text, NaN and infinities by null.
+
+    >>> json_ready({"loss": float("nan"), 1: (2, Path("runs"))})
+    {'loss': None, '1': [2, 'runs']}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 @contextlib.contextmanager

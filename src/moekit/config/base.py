@@ -47,12 +47,18 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
         path = _without_tags(cls, [str(part) for part in item["loc"]], item["type"] == "extra_forbidden")
         dotted = ".".join(([where] if where else []) + path)
         if item["type"] == "extra_forbidden":
-            known = _fields_at(cls, path[:-1])
+            known = _fields_at(cls, [str(part) for part in item["loc"][:-1]])
             lines.append(f"{dotted} is not a known key: {nearest(path[-1], known)}")
         elif item["type"] == "value_error":
             # our own rules begin with the name of the field, so the dotted prefix completes it
             message = str(item["ctx"]["error"]) if "ctx" in item else item["msg"]
             lines.append(f"{dotted}.{message}" if dotted else message)
+        elif item["type"] == "union_tag_invalid":
+            key, kinds = (
+                item["ctx"]["discriminator"].strip("'"),
+                item["ctx"]["expected_tags"].replace("'", ""),
+            )
+            lines.append(f"{dotted}.{key} must be one of {kinds}; got {item['ctx']['tag']!r}")
         elif item["type"] == "missing":
             lines.append(f"{dotted} is required")
         else:
@@ -74,9 +80,11 @@ def _without_tags(cls: type[BaseModel], path: list[str], keep_last: bool) -> lis
 
 
 def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
-    """Field names of the model reached from `cls` along `path` (tags of unions and list positions are skipped)."""
+    """Field names of the model reached from `cls` along `path`; the tag of a union picks one of its models."""
     current: list[type[BaseModel]] = [cls]
     for part in path:
+        if len(current) > 1:
+            current = [model for model in current if part in _kinds(model)] or current
         following: list[type[BaseModel]] = []
         for model in current:
             field = model.model_fields.get(part)
@@ -85,6 +93,11 @@ def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
         if following:
             current = following
     return sorted({name for model in current for name in model.model_fields})
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    kind = model.model_fields.get("kind")
+    return getattr(kind.annotation, "__args__", ()) if kind is not None else ()
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

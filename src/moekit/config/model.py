@@ -22,7 +22,7 @@ class ModelConfig(StrictConfig):
     (`n_dense_layers` first, then one sparse layer in every `moe_every`).
     """
 
-    kind: Literal["decoder"] = "decoder"
+    kind: Literal["decoder"] = Field(default="decoder", description="a decoder, dense or sparse")
     vocab_size: int = Field(default=4096, ge=2, description="number of token ids")
     d_model: int = Field(default=256, ge=2, description="width of the hidden states")
     n_layers: int = Field(default=4, ge=1, description="transformer layers")
@@ -128,7 +128,9 @@ class ModelConfig(StrictConfig):
 class TransformerXLConfig(StrictConfig):
     """The Transformer-XL baseline (Dai et al. 2019): segment recurrence with relative positions."""
 
-    kind: Literal["transformer_xl"] = "transformer_xl"
+    kind: Literal["transformer_xl"] = Field(
+        default="transformer_xl", description="the Transformer-XL baseline"
+    )
     vocab_size: int = Field(default=4096, ge=2, description="number of token ids")
     d_model: int = Field(default=256, ge=2, description="width of the hidden states")
     n_layers: int = Field(default=4, ge=1, description="transformer layers")

@@ -23,8 +23,8 @@ class RouterConfig(StrictConfig):
     a user's own router brings its own.
     """
 
-    name: str = "softmax"
-    options: dict[str, Any] = Field(default_factory=dict)
+    name: str = Field(default="softmax", description="registered name of the rule")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the rule's class")
 
     @model_validator(mode="before")
     @classmethod

@@ -279,7 +279,8 @@ class RereadingReader:
 
     def __init__(self, model: nn.Module, batch: int) -> None:
         self.model: Any = model
-        self.window: int = self.model.config.max_seq_len
+        config: Any = model.config
+        self.window: int = config.max_seq_len
         self.device = next(model.parameters()).device
         self.text = torch.empty(batch, 0, dtype=torch.long)
 

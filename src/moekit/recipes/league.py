@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from moekit.config.atomic import write_text
+from moekit.config.atomic import write_json
 from moekit.config.errors import ConfigError, nearest
 from moekit.config.model import ModelConfig
 from moekit.config.moe import BalanceConfig, MoEConfig
@@ -92,7 +92,7 @@ def run_league(
         "table": {"columns": list(COLUMNS), "rows": rows},
     }
     Path(out).mkdir(parents=True, exist_ok=True)
-    write_text(Path(out) / "league.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_json(Path(out) / "league.json", result)
     return result
 
 

@@ -6,7 +6,6 @@ fewer); each has its own tuned learning rate.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -19,7 +18,7 @@ import torch
 import yaml
 
 from moekit import __version__
-from moekit.config.atomic import write_text
+from moekit.config.atomic import write_json, write_text
 from moekit.config.model import ModelConfig, TransformerXLConfig
 from moekit.config.train import RunConfig
 from moekit.data.loader import evaluation_batches
@@ -81,7 +80,7 @@ def run_quickstart(
     report["settings"]["lr"] = {name: runs[name].config.train.optimizer.lr for name in MODELS}
     check_report(report)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "report.json", report)
     write_text(out / "report.html", render_quickstart_page(report))
     say(summary_line(report))
     return report

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from moekit import __version__
-from moekit.config.atomic import write_text
+from moekit.config.atomic import write_json
 from moekit.config.errors import CheckpointError, ConfigError, Interrupted
 from moekit.config.loading import load_run_config, save_run_config
 from moekit.config.train import RunConfig
@@ -321,11 +321,6 @@ class _StopFlag:
         if self.signal == signal.SIGINT:
             error.exit_code = 130
         return error
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write readable JSON, atomically."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def _fit_to_data(config: RunConfig, data: PreparedData | None, quiet: bool) -> tuple[RunConfig, PreparedData]:
