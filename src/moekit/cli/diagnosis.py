@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
 import re
@@ -139,12 +140,13 @@ def _kernels(remedies: list[Remedy]) -> dict[str, list[dict[str, Any]]]:
     from moekit.evaluate.machine import gpus
     from moekit.kernels.registry import available
 
+    # an operation without a usable row runs as the smaller ones below it
     table = {}
     for device in dict.fromkeys(["cpu", *(str(gpu["device"]).split(":")[0] for gpu in gpus())]):
-        for dtype in (torch.bfloat16, torch.float32):
-            rows = available("expert_mlp", device, dtype)
+        for dtype, op in itertools.product((torch.bfloat16, torch.float32), ("expert_layer", "expert_mlp")):
+            rows = available(op, device, dtype)
             picked = next((name for name, usable, _ in rows if usable), None)
-            table[f"expert_mlp on {device}, {str(dtype).replace('torch.', '')}"] = [
+            table[f"{op} on {device}, {str(dtype).replace('torch.', '')}"] = [
                 {"name": name, "usable": usable, "reason": reason, "picked": name == picked}
                 for name, usable, reason in rows
             ]
@@ -181,7 +183,7 @@ def _clients(remedies: list[Remedy]) -> dict[str, str | None]:
 
 
 def _cache(remedies: list[Remedy]) -> dict[str, Any]:
-    from moekit.data.registry import cache_folder
+    from moekit.config.atomic import cache_folder
 
     folder = cache_folder()
     existing = next(path for path in (folder, *folder.parents) if path.exists())

@@ -17,6 +17,15 @@ _TEMPORARY = ".partial-"
 _STALE_SECONDS = 24 * 3600
 
 
+def cache_folder() -> Path:
+    """What may be deleted at any time: $MOEKIT_CACHE, else $XDG_CACHE_HOME/moekit, else ~/.cache/moekit."""
+    if folder := os.environ.get("MOEKIT_CACHE"):
+        return Path(folder).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser() / "moekit"
+    return Path.home() / ".cache" / "moekit"
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

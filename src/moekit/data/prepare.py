@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from moekit.config.atomic import new_folder
+from moekit.config.atomic import cache_folder, new_folder
 from moekit.config.data import DataConfig
 from moekit.config.errors import DataError
 from moekit.data.corpora import build_corpus, resolve
 from moekit.data.documents import SourceInfo
 from moekit.data.packing import TokenizedSplit, pack
-from moekit.data.registry import cache_folder
 from moekit.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 _SPLITS = ("train", "validation", "held_out")

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moekit.config.atomic import new_folder
+from moekit.config.atomic import cache_folder, new_folder
 from moekit.config.errors import DataError
 from moekit.data import clients
 from moekit.data.archives import unpack
 from moekit.data.clients import Package, RegistryUnavailable
 
 _MANIFEST = "moekit-package.json"
-
-
-def cache_folder() -> Path:
-    """The cache: $MOEKIT_CACHE, else $XDG_CACHE_HOME/moekit, else ~/.cache/moekit."""
-    if folder := os.environ.get("MOEKIT_CACHE"):
-        return Path(folder).expanduser()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).expanduser() / "moekit"
-    return Path.home() / ".cache" / "moekit"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Kernel:
         priority: the highest usable one is picked.
         function: what is called.
         usable: (device, dtype) -> (whether it can run, why or why not).
+        fits: sizes, as the operation defines them -> why it cannot compute them, or "".
     """
 
     op: str
@@ -35,28 +36,35 @@ class Kernel:
     priority: int
     function: Callable[..., Any]
     usable: Callable[[torch.device, torch.dtype], Usable]
+    fits: Callable[..., str] = lambda *sizes: ""
 
 
 _KERNELS: dict[str, list[Kernel]] = {}
 
 
 def register(
-    op: str, name: str, priority: int, usable: Callable[[torch.device, torch.dtype], Usable]
+    op: str,
+    name: str,
+    priority: int,
+    usable: Callable[[torch.device, torch.dtype], Usable],
+    fits: Callable[..., str] = lambda *sizes: "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator that adds an implementation of `op`."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         kernels = _KERNELS.setdefault(op, [])
-        kernels.append(Kernel(op, name, priority, function, usable))
+        kernels.append(Kernel(op, name, priority, function, usable, fits))
         kernels.sort(key=lambda kernel: -kernel.priority)
         pick.cache_clear()
+        find.cache_clear()
         return function
 
     return add
 
 
 def _load(op: str) -> list[Kernel]:
-    import moekit.kernels.expert_mlp  # noqa: F401  (registers itself)
+    import moekit.kernels.cpu.expert_layer
+    import moekit.kernels.expert_mlp  # noqa: F401  (they register themselves)
 
     if op not in _KERNELS:
         raise ConfigError(f"kernel operation {op!r} is unknown: {nearest(op, _KERNELS)}")
@@ -86,6 +94,16 @@ def pick(op: str, device_type: str, dtype: torch.dtype, name: str = "auto") -> K
     raise ConfigError(
         f"kernel must be auto or one of {', '.join(names)}; got {name!r}. {nearest(name, names)}"
     )
+
+
+@functools.lru_cache(maxsize=256)
+def find(op: str, device_type: str, dtype: torch.dtype, name: str = "auto") -> Kernel | None:
+    """As `pick`, but None where "auto" finds none that can run, or where `name` belongs to another operation."""
+    kernels = _load(op)
+    if name == "auto":
+        device = torch.device(device_type)
+        return next((kernel for kernel in kernels if kernel.usable(device, dtype)[0]), None)
+    return pick(op, device_type, dtype, name) if name in [kernel.name for kernel in kernels] else None
 
 
 def available(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moekit.config.errors import ConfigError, require
 from moekit.config.moe import NullExpertsConfig
 from moekit.kernels.expert_mlp import activate
-from moekit.kernels.registry import pick
+from moekit.kernels.registry import find, pick
 
 
 class StackedMLP(nn.Module):
@@ -53,6 +53,26 @@ class StackedMLP(nn.Module):
         kernel = pick("expert_mlp", device, dtype, self.kernel)
         weights = [None if w is None else w.to(dtype) for w in (self.w_in, self.w_out, self.b_in, self.b_out)]
         return kernel.function(rows.to(dtype), tokens_per_expert, *weights, self.activation)
+
+    def fused(
+        self, tokens: Tensor, token_index: Tensor, row_weight: Tensor, tokens_per_expert: Tensor
+    ) -> Tensor | None:
+        """Dispatch, experts and weighted sum in one kernel: `[T, D]` to `[T, O]`; None where there is none for this."""
+        device = tokens.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        kernel = find("expert_layer", device, dtype, self.kernel)
+        if kernel is None:
+            return None
+        misfit = kernel.fits(self.w_in.shape[2], *self.w_out.shape[:0:-1], self.b_in is not None)
+        if misfit and self.kernel != "auto":
+            raise ConfigError(
+                f"kernel {self.kernel!r} cannot compute these experts: {misfit}. Use kernel: auto"
+            )
+        if misfit:
+            return None
+        weights = self.w_in, self.w_out, self.activation
+        mixed: Tensor = kernel.function(tokens, token_index, row_weight, tokens_per_expert, *weights)
+        return mixed
 
     def extra_repr(self) -> str:
         return f"w_in={list(self.w_in.shape)}, w_out={list(self.w_out.shape)}, activation={self.activation}"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moekit.config.errors import ConfigError, require
@@ -124,9 +125,11 @@ class MoE(nn.Module):
         plan = self._adjusted(self.router(tokens, context))
         losses = balance_losses(plan, context, self.config.balance)  # of what was asked for, before any drop
         plan = self._limited(plan)
-        rows = dispatch(tokens, plan)  # [R, D]
-        answers = self.experts(rows, plan.tokens_per_expert)  # [R, O]
-        mixed = combine(answers, plan, self.config.combine)  # [T, O]
+        mixed = self._fused(tokens, plan)  # [T, O], the next three steps in one where a kernel can
+        if mixed is None:
+            rows = dispatch(tokens, plan)  # [R, D]
+            answers = self.experts(rows, plan.tokens_per_expert)  # [R, O]
+            mixed = combine(answers, plan, self.config.combine)  # [T, O]
 
         if self.shared is not None:
             mixed = mixed + self.shared(tokens)
@@ -134,6 +137,19 @@ class MoE(nn.Module):
             mixed = mixed + self.linear(tokens)
         mixed = mixed.reshape(*hidden_states.shape[:-1], mixed.shape[-1])
         return MoEOutput(mixed, losses, plan)
+
+    def _fused(self, tokens: Tensor, plan: RoutingPlan) -> Tensor | None:
+        """What one kernel makes of tokens and plan, or None where dispatch, experts and combine must run apart."""
+        experts = self.experts
+        if (
+            not isinstance(experts, StackedMLP)
+            or plan.slots is not None
+            or self.config.combine != "weighted_sum"
+        ):
+            return None
+        if experts._forward_hooks or experts._forward_pre_hooks or torch.compiler.is_compiling():
+            return None  # somebody watches the experts' rows, or compiles them
+        return experts.fused(tokens, plan.token_index, plan.row_weight, plan.tokens_per_expert)
 
     def _adjusted(self, plan: RoutingPlan) -> RoutingPlan:
         """The router's plan with the layer's weight scale; with the winners alone where only they answer."""
