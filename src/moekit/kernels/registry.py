@@ -78,19 +78,10 @@ def pick(op: str, device_type: str, dtype: torch.dtype, name: str = "auto") -> K
     Raises:
         ConfigError: `name` is no implementation of `op`, or it cannot run here (with the reason).
     """
-    kernels = _load(op)
-    device = torch.device(device_type)
-    if name == "auto":
-        return next(kernel for kernel in kernels if kernel.usable(device, dtype)[0])
-    for kernel in kernels:
-        if kernel.name == name:
-            can_run, reason = kernel.usable(device, dtype)
-            if not can_run:
-                raise ConfigError(
-                    f"kernel {name!r} of {op} cannot run on {device_type} with {dtype}: {reason}"
-                )
-            return kernel
-    names = [kernel.name for kernel in kernels]
+    found = find(op, device_type, dtype, name)
+    if found is not None:
+        return found
+    names = [kernel.name for kernel in _load(op)]
     raise ConfigError(
         f"kernel must be auto or one of {', '.join(names)}; got {name!r}. {nearest(name, names)}"
     )
@@ -99,11 +90,17 @@ def pick(op: str, device_type: str, dtype: torch.dtype, name: str = "auto") -> K
 @functools.lru_cache(maxsize=256)
 def find(op: str, device_type: str, dtype: torch.dtype, name: str = "auto") -> Kernel | None:
     """As `pick`, but None where "auto" finds none that can run, or where `name` belongs to another operation."""
-    kernels = _load(op)
-    if name == "auto":
-        device = torch.device(device_type)
-        return next((kernel for kernel in kernels if kernel.usable(device, dtype)[0]), None)
-    return pick(op, device_type, dtype, name) if name in [kernel.name for kernel in kernels] else None
+    device = torch.device(device_type)
+    for kernel in _load(op):
+        if name in ("auto", kernel.name):
+            can_run, reason = kernel.usable(device, dtype)
+            if can_run:
+                return kernel
+            if name != "auto":
+                raise ConfigError(
+                    f"kernel {name!r} of {op} cannot run on {device_type} with {dtype}: {reason}"
+                )
+    return None
 
 
 def available(

@@ -205,11 +205,9 @@ def describe(config: ModelConfig | TransformerXLConfig) -> str:
     if config.moe is None:
         return f"decoder, {config.n_layers} layers, width {config.d_model}, feed-forward {config.d_ff}"
     moe = config.moe
-    routers = {index: (config.moe_of(index) or moe).router.name for index in config.moe_layers}
-    by_name = {
-        name: [str(index) for index in routers if routers[index] == name]
-        for name in dict.fromkeys(routers.values())
-    }
+    by_name: dict[str, list[str]] = {}
+    for index in config.moe_layers:
+        by_name.setdefault((config.moe_of(index) or moe).router.name, []).append(str(index))
     rules = " and ".join(
         name if len(by_name) == 1 else f"{name} (layers {', '.join(layers)})"
         for name, layers in by_name.items()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from moekit.config.errors import ConfigError
+from moekit.kernels.cpu import has_bf16_products
 
 
 def resolve_device(name: str) -> torch.device:
@@ -44,8 +45,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+        return has_bf16_products()
     return False
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.kernels.cpu import has_bf16_products
 from moekit.kernels.cpu.build import BuildError, cannot_build, load
 from moekit.kernels.registry import Usable, register
 
@@ -44,8 +45,7 @@ def _usable(device: torch.device, dtype: torch.dtype) -> Usable:
         return False, f"needs bfloat16, got {dtype}"
     if os.environ.get(SWITCH, "1") == "0":
         return False, f"switched off by {SWITCH}=0"
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    if not any(getattr(torch.cpu, name, lambda: False)() for name in checks):
+    if not has_bf16_products():
         return False, "this CPU has no bfloat16 products (AVX-512 bf16 or AMX)"
     if reason := cannot_build():
         return False, reason
