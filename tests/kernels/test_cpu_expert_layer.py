@@ -12,7 +12,7 @@ import moekit
 from moekit.config.errors import ConfigError
 from moekit.kernels.cpu.expert_layer import ACTIVATIONS, SWITCH, expert_layer_cpu, fits
 from moekit.kernels.expert_mlp import expert_mlp_reference
-from moekit.kernels.registry import available, find, pick
+from moekit.kernels.registry import available, find
 
 _, CAN_RUN, WHY = available("expert_layer")[0]
 needs_kernel = pytest.mark.skipif(not CAN_RUN, reason=f"the fused CPU layer cannot run here: {WHY}")
@@ -220,10 +220,10 @@ def test_a_layer_that_must_be_fused_says_why_it_cannot() -> None:
 
 def test_the_switch_turns_it_off(monkeypatch) -> None:
     monkeypatch.setenv(SWITCH, "0")
-    find.cache_clear(), pick.cache_clear()
+    find.cache_clear()
     try:
         assert find("expert_layer", "cpu", torch.bfloat16) is None
         assert SWITCH in available("expert_layer")[0][2]
     finally:
         monkeypatch.undo()
-        find.cache_clear(), pick.cache_clear()
+        find.cache_clear()

@@ -10,7 +10,7 @@ import torch
 from moekit import MoE
 from moekit.config.errors import ConfigError
 from moekit.kernels import registry
-from moekit.kernels.registry import available, pick, register
+from moekit.kernels.registry import available, find, pick, register
 
 
 @pytest.fixture
@@ -20,9 +20,9 @@ def own_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         registry, "_KERNELS", {op: list(kernels) for op, kernels in registry._KERNELS.items()}
     )
-    pick.cache_clear()
+    find.cache_clear()
     yield
-    pick.cache_clear()
+    find.cache_clear()
 
 
 def test_auto_takes_the_first_that_can_run() -> None:

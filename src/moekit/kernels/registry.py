@@ -55,7 +55,6 @@ def register(
         kernels = _KERNELS.setdefault(op, [])
         kernels.append(Kernel(op, name, priority, function, usable, fits))
         kernels.sort(key=lambda kernel: -kernel.priority)
-        pick.cache_clear()
         find.cache_clear()
         return function
 
@@ -71,7 +70,6 @@ def _load(op: str) -> list[Kernel]:
     return _KERNELS[op]
 
 
-@functools.lru_cache(maxsize=256)
 def pick(op: str, device_type: str, dtype: torch.dtype, name: str = "auto") -> Kernel:
     """The implementation of `op` to call for a device and data type.
 
