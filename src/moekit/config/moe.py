@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from moekit.config.base import StrictConfig
 from moekit.config.errors import require
 
-Activation = Literal["swiglu", "gelu", "relu", "sigmoid"]
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu_squared", "silu", "sigmoid"]
 Combine = Literal["weighted_sum", "winner", "vote_soft", "vote_hard"]
 DropPolicy = Literal["position", "probability"]
 

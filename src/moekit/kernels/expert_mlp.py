@@ -1,8 +1,7 @@
 """The experts' feed-forward: rows sorted by expert through one small MLP per expert.
 
-Shapes: rows `[R, D]` sorted by expert, `tokens_per_expert` `[E]` summing to R, `w_in` `[E, G*F, D]` where G
-is 2 for swiglu (gate first, then up) and 1 otherwise, `w_out` `[E, O, F]`, biases `[E, G*F]` and `[E, O]` or
-None; result `[R, O]` in the type of the rows. Weights are stored `[out, in]` as in `torch.nn.Linear`.
+Shapes: rows `[R, D]` sorted by expert, `tokens_per_expert` `[E]` summing to R, the experts as `ExpertWeights`; result
+`[R, O]` in the type of the rows.
 """
 
 from __future__ import annotations
@@ -11,19 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.kernels.expert_weights import ExpertWeights
 from moekit.kernels.registry import Usable, register
-
-
-def activate(hidden: Tensor, activation: str) -> Tensor:
-    """The activation of an expert; swiglu halves the last dimension: silu(gate) * up."""
-    if activation == "swiglu":
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    if activation == "gelu":
-        return F.gelu(hidden)
-    if activation == "relu":
-        return F.relu(hidden)
-    return torch.sigmoid(hidden)
 
 
 def _always(device: torch.device, dtype: torch.dtype) -> Usable:
@@ -34,20 +22,18 @@ def _always(device: torch.device, dtype: torch.dtype) -> Usable:
 def expert_mlp_reference(
     rows: Tensor,
     tokens_per_expert: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: str,
+    weights: ExpertWeights,
 ) -> Tensor:
     """The truth: one expert after the other."""
     # unbind once: indexing w[i] in the loop would make autograd build a full-size gradient per expert
-    ins, outs = w_in.unbind(0), w_out.unbind(0)
-    ins_b = b_in.unbind(0) if b_in is not None else [None] * len(ins)
-    outs_b = b_out.unbind(0) if b_out is not None else [None] * len(ins)
+    ins, outs = (w.unbind(0) for w in weights.out_in())
+    none = [None] * len(ins)
+    ins_b = none if weights.b_in is None else weights.b_in.unbind(0)
+    outs_b = none if weights.b_out is None else weights.b_out.unbind(0)
     answers = []
     for i, part in enumerate(rows.split(tokens_per_expert.tolist())):
-        answers.append(F.linear(activate(F.linear(part, ins[i], ins_b[i]), activation), outs[i], outs_b[i]))
+        hidden = weights.activation(F.linear(part, ins[i], ins_b[i]), weights.interleaved)
+        answers.append(F.linear(hidden, outs[i], outs_b[i]))
     return torch.cat(answers)
 
 
@@ -67,29 +53,27 @@ def _grouped_mm_usable(device: torch.device, dtype: torch.dtype) -> Usable:
 def expert_mlp_grouped(
     rows: Tensor,
     tokens_per_expert: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    activation: str,
+    weights: ExpertWeights,
 ) -> Tensor:
     """All experts in one grouped product per map (PyTorch's own kernel), where widths are multiples of 8.
 
     On the CPU each expert's rows are padded with zeros to a multiple of `CPU_BLOCK`: the library underneath
     compiles a kernel for every new number of rows, and routing brings new numbers at every step.
     """
+    w_in, w_out = weights.out_in()
     if rows.shape[0] == 0 or any(size % 8 for size in (*w_in.shape[1:], *w_out.shape[1:])):
-        return expert_mlp_reference(rows, tokens_per_expert, w_in, w_out, b_in, b_out, activation)
+        return expert_mlp_reference(rows, tokens_per_expert, weights)
     place = None
     if rows.device.type == "cpu":
         rows, tokens_per_expert, place = _pad(rows, tokens_per_expert, CPU_BLOCK)
     ends = tokens_per_expert.cumsum(0).to(torch.int32)
     hidden = F.grouped_mm(rows, w_in.transpose(-2, -1), offs=ends)
-    if b_in is not None:
-        hidden = hidden + b_in.repeat_interleave(tokens_per_expert, dim=0)
-    answers = F.grouped_mm(activate(hidden, activation), w_out.transpose(-2, -1), offs=ends)
-    if b_out is not None:
-        answers = answers + b_out.repeat_interleave(tokens_per_expert, dim=0)
+    if weights.b_in is not None:
+        hidden = hidden + weights.b_in.repeat_interleave(tokens_per_expert, dim=0)
+    hidden = weights.activation(hidden, weights.interleaved)
+    answers = F.grouped_mm(hidden, w_out.transpose(-2, -1), offs=ends)
+    if weights.b_out is not None:
+        answers = answers + weights.b_out.repeat_interleave(tokens_per_expert, dim=0)
     return answers if place is None else answers.index_select(0, place)
 
 

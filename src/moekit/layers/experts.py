@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moekit.config.errors import ConfigError, require
 from moekit.config.moe import NullExpertsConfig
-from moekit.kernels.expert_mlp import activate
+from moekit.kernels.expert_weights import Activation, ExpertWeights
 from moekit.kernels.registry import find, pick
 
 
@@ -33,8 +33,8 @@ class StackedMLP(nn.Module):
         kernel: str = "auto",
     ) -> None:
         super().__init__()
-        self.activation, self.kernel = activation, kernel
-        inner = d_expert * (2 if activation == "swiglu" else 1)
+        self.activation, self.kernel = Activation(activation), kernel
+        inner = d_expert * (2 if self.activation.gated else 1)
         out = d_out if d_out is not None else d_model
         self.w_in = nn.Parameter(torch.empty(n_experts, inner, d_model))
         self.w_out = nn.Parameter(torch.empty(n_experts, out, d_expert))
@@ -51,8 +51,13 @@ class StackedMLP(nn.Module):
         device = rows.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
         kernel = pick("expert_mlp", device, dtype, self.kernel)
-        weights = [None if w is None else w.to(dtype) for w in (self.w_in, self.w_out, self.b_in, self.b_out)]
-        return kernel.function(rows.to(dtype), tokens_per_expert, *weights, self.activation)
+        answers: Tensor = kernel.function(rows.to(dtype), tokens_per_expert, self.weights.to(dtype))
+        return answers
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """What the kernels are given."""
+        return ExpertWeights(self.w_in, self.w_out, self.b_in, self.b_out, self.activation)
 
     def fused(
         self, tokens: Tensor, token_index: Tensor, row_weight: Tensor, tokens_per_expert: Tensor
@@ -63,19 +68,20 @@ class StackedMLP(nn.Module):
         kernel = find("expert_layer", device, dtype, self.kernel)
         if kernel is None:
             return None
-        misfit = kernel.fits(self.w_in.shape[2], *self.w_out.shape[:0:-1], self.b_in is not None)
+        misfit = kernel.fits(self.weights)
         if misfit and self.kernel != "auto":
             raise ConfigError(
                 f"kernel {self.kernel!r} cannot compute these experts: {misfit}. Use kernel: auto"
             )
         if misfit:
             return None
-        weights = self.w_in, self.w_out, self.activation
-        mixed: Tensor = kernel.function(tokens, token_index, row_weight, tokens_per_expert, *weights)
+        mixed: Tensor = kernel.function(
+            tokens, token_index, row_weight, tokens_per_expert, self.weights, dtype
+        )
         return mixed
 
     def extra_repr(self) -> str:
-        return f"w_in={list(self.w_in.shape)}, w_out={list(self.w_out.shape)}, activation={self.activation}"
+        return f"w_in={list(self.w_in.shape)}, w_out={list(self.w_out.shape)}, activation={self.activation.kind}"
 
 
 class ModuleExperts(nn.ModuleList):
@@ -177,12 +183,12 @@ class MLP(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, *, activation: str = "swiglu", bias: bool = False) -> None:
         super().__init__()
-        self.activation = activation
-        self.w_in = nn.Linear(d_model, d_ff * (2 if activation == "swiglu" else 1), bias=bias)
+        self.activation = Activation(activation)
+        self.w_in = nn.Linear(d_model, d_ff * (2 if self.activation.gated else 1), bias=bias)
         self.w_out = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.w_out(activate(self.w_in(tokens), self.activation))
+        return self.w_out(self.activation(self.w_in(tokens)))
 
 
 def module_experts(modules: Sequence[nn.Module], n_experts: int, d_out: int | None = None) -> ModuleExperts:

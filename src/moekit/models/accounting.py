@@ -14,6 +14,7 @@ import torch
 
 from moekit.config.model import ModelConfig, TransformerXLConfig
 from moekit.config.moe import MoEConfig
+from moekit.kernels.expert_weights import GATED
 from moekit.layers.routing import build_router
 
 AnyConfig = ModelConfig | TransformerXLConfig
@@ -94,7 +95,7 @@ def _attention(config: ModelConfig) -> Cost:
 
 
 def _mlp(d_model: int, width: int, activation: str, bias: bool, d_out: int | None = None) -> Cost:
-    inner = width * (2 if activation == "swiglu" else 1)
+    inner = width * (2 if activation in GATED else 1)
     out = d_out if d_out is not None else d_model
     matrices = inner * d_model + width * out
     total = matrices + (inner + out if bias else 0)

@@ -111,10 +111,11 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _key(source: Path, path: str) -> str:
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+def _key(source: Path, compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     has = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
-    parts = [source.read_text(), torch.__version__, str(_torch_folder()), path, version, FLAGS, has]
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    parts = [texts, torch.__version__, str(_torch_folder()), compiler, version, FLAGS, has]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -1,154 +1,62 @@
-// Dispatch, expert MLPs and combine of a sparse layer in bfloat16, forward and backward, without a pass over memory
-// between them.
+// Dispatch, expert MLPs and combine of a sparse layer, forward and backward, without a pass over memory between them;
+// in bfloat16 with float32 sums, or in float32.
 //
 // Everything is computed transposed: hidden^T = W x^T. So the weights, stored [out, in] as in torch.nn.Linear, are the
-// left factor of each product and are read as they lie; what the matrix instructions want packed in pairs along the
-// inner dimension ("VNNI") is the right factor, the activations, and they are packed while they are gathered or
-// produced. The row weight multiplies the activation before the down-projection.
+// left factor of each product and are read as they lie. What bfloat16 instructions want packed in pairs along the inner
+// dimension ("VNNI") is the right factor, the activations, and they are packed while they are gathered or produced.
+// The row weight multiplies the activation before the down-projection.
 //
-// Shapes: T tokens, E experts, R rows sorted by expert, D width in, F width of an expert, G 2 for swiglu and else 1,
-// O width out. x [T, D], token [R], begin [E + 1], weight [R], w_in [E, G*F, D], w_out [E, O, F], result rows [R, O].
-// D and O are multiples of 32, F of 16. A block is up to 64 rows of one expert, padded to a multiple of 16 with zeros.
+// Shapes: T tokens, E experts, R rows sorted by expert, D width in, F width of an expert, G 2 with a gate and else 1,
+// O width out. x [T, D], token [R], begin [E + 1], weight [R], w_in [E, G*F, D], w_out [E, O, F], result rows [R, O];
+// matrices the other way round where `transposed`. D and O are multiples of 32, F of 16.
+//
+// A block is up to 64 rows of one expert, a chunk several blocks: as many as stay in the second-level cache with their
+// hidden state, so that a weight is fetched once per chunk. Rows of a chunk are padded with zeros to a multiple of 16.
+// What is kept for the backward pass lies per chunk as [G*F][rows of the chunk], gates first.
 
-#include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
-#include <immintrin.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
-#include <vector>
+#include "common.h"
 
 namespace {
 
-using at::BFloat16;
 using at::native::cpublas::brgemm;
-using std::int64_t;
 
 constexpr int64_t kRows = 64;  // rows of a block
 constexpr int64_t kTile = 64;  // outputs computed at a time
 
-enum Activation : int64_t { kSwiglu = 0, kGelu = 1, kRelu = 2, kSigmoid = 3 };
+template <class V>
+constexpr bool kPairs = sizeof(V) == 2;
 
-inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// ---------------------------------------------------------------- values of 16 or 32 bits
 
-// ---------------------------------------------------------------- registers
+inline __m512 load(const BFloat16* p) { return to_float(load16(p)); }
+inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(BFloat16* p, __m512 v) { store16(p, to_bf16(v)); }
+inline void store(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
 
-// 16 x 16 values of 32 bits, rows to columns
-inline void transpose(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; i++) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  for (int i = 0; i < 2; i++) {
-    for (int j = 0; j < 4; j++) {
-      t[8 * i + j] = _mm512_shuffle_i32x4(r[8 * i + j], r[8 * i + 4 + j], 0x88);
-      t[8 * i + 4 + j] = _mm512_shuffle_i32x4(r[8 * i + j], r[8 * i + 4 + j], 0xdd);
-    }
-  }
-  for (int j = 0; j < 8; j++) {
-    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
-    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
-  }
+// Two neighbouring inner rows of a right factor of `n` columns: in pairs for bf16, one after the other for float.
+inline void store_inner(BFloat16* block, int64_t row, int64_t n, int64_t c, __m512 a, __m512 b) {
+  _mm512_storeu_si512(reinterpret_cast<uint32_t*>(block) + row / 2 * n + c, pairs(to_bf16(a), to_bf16(b)));
 }
-
-inline __m256i load16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-inline void store16(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-inline __m512i wide(__m256i v) { return _mm512_cvtepu16_epi32(v); }
-inline __m512 to_float(__m256i v) { return (__m512)_mm512_slli_epi32(wide(v), 16); }
-inline __m256i to_bf16(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
-// 16 pairs (a, b): what the matrix instructions read of two neighbouring inner indices
-inline __m512i pairs(__m256i a, __m256i b) { return _mm512_or_si512(wide(a), _mm512_slli_epi32(wide(b), 16)); }
-
-// Cephes' expf: relative error below 2e-7
-inline __m512 exp_of(__m512 x) {
-  // in this order a NaN comes through: the instructions answer with their second argument
-  x = _mm512_min_ps(_mm512_set1_ps(88.3f), _mm512_max_ps(_mm512_set1_ps(-87.3f), x));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-  __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_fmadd_ps(_mm512_mul_ps(p, f), f, _mm512_add_ps(f, _mm512_set1_ps(1.0f)));
-  return _mm512_scalef_ps(p, n);
-}
-
-inline __m512 sigmoid_of(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  return _mm512_div_ps(one, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
-
-// Phi(x) = (1 + erf(x / sqrt 2)) / 2 by Abramowitz and Stegun 7.1.26: absolute error below 1e-7
-inline __m512 normal_cdf(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f), z = _mm512_mul_ps(x, _mm512_set1_ps(0.70710678118654752f));
-  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_abs_ps(z), _mm512_set1_ps(0.3275911f), one));
-  __m512 p = _mm512_set1_ps(1.061405429f);
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
-  p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
-  const __m512 tail = _mm512_mul_ps(
-      _mm512_mul_ps(_mm512_set1_ps(0.5f), _mm512_mul_ps(p, t)), exp_of(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(z, z))));
-  const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-  return _mm512_mask_blend_ps(negative, _mm512_sub_ps(one, tail), tail);
-}
-
-// The activation a(g, u) and its derivatives by g and u (u only for swiglu).
-template <int64_t A>
-inline __m512 activate(__m512 g, __m512 u, __m512* by_g, __m512* by_u) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  if constexpr (A == kSwiglu) {
-    const __m512 s = sigmoid_of(g), silu = _mm512_mul_ps(s, g);
-    if (by_g) {
-      *by_g = _mm512_mul_ps(u, _mm512_fmadd_ps(silu, _mm512_sub_ps(one, s), s));
-      *by_u = silu;
-    }
-    return _mm512_mul_ps(silu, u);
-  } else if constexpr (A == kGelu) {
-    const __m512 phi = normal_cdf(g);
-    if (by_g) {
-      const __m512 half_square = _mm512_mul_ps(_mm512_mul_ps(g, g), _mm512_set1_ps(-0.5f));
-      const __m512 density = _mm512_mul_ps(exp_of(half_square), _mm512_set1_ps(0.3989422804014327f));
-      *by_g = _mm512_fmadd_ps(g, density, phi);
-    }
-    return _mm512_mul_ps(g, phi);
-  } else if constexpr (A == kRelu) {
-    const __mmask16 negative = _mm512_cmp_ps_mask(g, _mm512_setzero_ps(), _CMP_LE_OQ);
-    if (by_g) *by_g = _mm512_mask_blend_ps(negative, one, _mm512_setzero_ps());
-    return _mm512_mask_blend_ps(negative, g, _mm512_setzero_ps());  // a NaN stays one
-  } else {
-    const __m512 s = sigmoid_of(g);
-    if (by_g) *by_g = _mm512_mul_ps(s, _mm512_sub_ps(one, s));
-    return s;
-  }
+inline void store_inner(float* block, int64_t row, int64_t n, int64_t c, __m512 a, __m512 b) {
+  _mm512_storeu_ps(block + row * n + c, a);
+  _mm512_storeu_ps(block + (row + 1) * n + c, b);
 }
 
 // ---------------------------------------------------------------- packing
 
-// Gathered rows, transposed in pairs along their width: [width / 2][n] pairs, zeros beyond the last row.
-void pack_transposed(const BFloat16* source, const int64_t* token, int64_t n_rows, int64_t n, int64_t width, void* out) {
-  auto* to = static_cast<uint32_t*>(out);
+// Gathered rows, transposed: [width][n], for bf16 in pairs along the width; zeros beyond the last row.
+template <class V>
+void pack_transposed(const V* source, const int64_t* token, int64_t n_rows, int64_t n, int64_t width, V* out) {
+  auto* to = reinterpret_cast<uint32_t*>(out);
+  const int64_t words = width * sizeof(V) / 4;
   for (int64_t row = 0; row < n; row += 16) {
     const uint32_t* from[16];
     for (int j = 0; j < 16; j++) {
       from[j] = row + j < n_rows ? reinterpret_cast<const uint32_t*>(source + token[row + j] * width) : nullptr;
     }
-    for (int64_t d = 0; d < width / 2; d += 16) {
+    for (int64_t d = 0; d < words; d += 16) {
       __m512i r[16];
       for (int j = 0; j < 16; j++) r[j] = from[j] ? _mm512_loadu_si512(from[j] + d) : _mm512_setzero_si512();
       transpose(r);
@@ -157,9 +65,9 @@ void pack_transposed(const BFloat16* source, const int64_t* token, int64_t n_row
   }
 }
 
-// Gathered rows in pairs along the rows: [n / 2][width] pairs, zeros beyond the last row.
-void pack_rows(const BFloat16* source, const int64_t* token, int64_t n_rows, int64_t n, int64_t width, void* out) {
-  auto* to = static_cast<uint32_t*>(out);
+// Gathered rows as a right factor whose inner dimension is the rows; zeros beyond the last one.
+void pack_rows(const BFloat16* source, const int64_t* token, int64_t n_rows, int64_t n, int64_t width, BFloat16* out) {
+  auto* to = reinterpret_cast<uint32_t*>(out);
   const __m256i zero = _mm256_setzero_si256();
   for (int64_t row = 0; row < n; row += 2, to += width) {
     const BFloat16* a = row < n_rows ? source + token[row] * width : nullptr;
@@ -170,7 +78,17 @@ void pack_rows(const BFloat16* source, const int64_t* token, int64_t n_rows, int
   }
 }
 
-// Columns of a matrix [height, stride] as rows [columns][height]; height is a multiple of 16, columns too.
+void pack_rows(const float* source, const int64_t* token, int64_t n_rows, int64_t n, int64_t width, float* out) {
+  for (int64_t row = 0; row < n; row++) {
+    if (row < n_rows) {
+      std::memcpy(out + row * width, source + token[row] * width, width * sizeof(float));
+    } else {
+      std::memset(out + row * width, 0, width * sizeof(float));
+    }
+  }
+}
+
+// Columns of a matrix [height, stride] as rows [columns][height]; height and columns are multiples of 16.
 void transpose_columns(const BFloat16* from, int64_t stride, int64_t height, int64_t columns, BFloat16* to) {
   const __m256i zero = _mm256_setzero_si256();
   for (int64_t c = 0; c < columns; c += 16) {
@@ -192,265 +110,544 @@ void transpose_columns(const BFloat16* from, int64_t stride, int64_t height, int
   }
 }
 
-// A tile of results [m][n] floats as bf16 rows: to[row * stride + 0..m) for the first `n_rows` columns.
-void store_transposed(const float* tile, int64_t m, int64_t n, int64_t n_rows, BFloat16* to, int64_t stride) {
+void transpose_columns(const float* from, int64_t stride, int64_t height, int64_t columns, float* to) {
+  for (int64_t c = 0; c < columns; c += 16) {
+    for (int64_t k = 0; k < height; k += 16) {
+      __m512i r[16];
+      for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(from + (k + j) * stride + c);
+      transpose(r);
+      for (int j = 0; j < 16; j++) _mm512_storeu_si512(to + (c + j) * height + k, r[j]);
+    }
+  }
+}
+
+// A tile of results [m][n] as rows: to[row * stride + 0..m) for the first `n_rows` columns, plus weight[row] * bias.
+template <class V>
+void store_transposed(const float* tile, int64_t m, int64_t n, int64_t n_rows, V* to, int64_t stride, const V* bias, const float* weight) {
   for (int64_t c = 0; c < n; c += 16) {
     for (int64_t i = 0; i < m; i += 16) {
       __m512i r[16];
       for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(tile + (i + j) * n + c);
       transpose(r);
-      for (int j = 0; j < 16 && c + j < n_rows; j++) store16(to + (c + j) * stride + i, to_bf16((__m512)r[j]));
+      const __m512 b = bias ? load(bias + i) : _mm512_setzero_ps();
+      for (int j = 0; j < 16 && c + j < n_rows; j++) {
+        __m512 v = (__m512)r[j];
+        if (bias) v = _mm512_fmadd_ps(_mm512_set1_ps(weight[c + j]), b, v);
+        store(to + (c + j) * stride + i, v);
+      }
     }
   }
 }
 
-inline void store_gradient(BFloat16* to, __m512 v) { store16(to, to_bf16(v)); }
-inline void store_gradient(float* to, __m512 v) { _mm512_storeu_ps(to, v); }
-
-// ---------------------------------------------------------------- scratch memory of a thread
-
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : base_(static_cast<char*>(std::aligned_alloc(64, padded(bytes, 64)))), next_(base_) {
-    if (!base_) throw std::bad_alloc();
+// A tile of a weight's gradient [m][n] where it belongs: as it is, or as [n][m].
+template <class Gradient>
+void store_gradient(const float* tile, int64_t m, int64_t n, Gradient* to, int64_t stride, bool turned) {
+  if (!turned) {
+    for (int64_t i = 0; i < m; i++) {
+      for (int64_t j = 0; j < n; j += 16) store(to + i * stride + j, _mm512_loadu_ps(tile + i * n + j));
+    }
+    return;
   }
-  ~Scratch() { std::free(base_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  template <class V>
-  V* take(int64_t n) {
-    auto* p = reinterpret_cast<V*>(next_);
-    next_ += bytes<V>(n);
-    return p;
+  for (int64_t j = 0; j < n; j += 16) {
+    for (int64_t i = 0; i < m; i += 16) {
+      __m512i r[16];
+      for (int k = 0; k < 16; k++) r[k] = _mm512_loadu_si512(tile + (i + k) * n + j);
+      transpose(r);
+      for (int k = 0; k < 16; k++) store(to + (j + k) * stride + i, (__m512)r[k]);
+    }
   }
-  template <class V>
-  static size_t bytes(int64_t n) { return padded(n * sizeof(V), 64); }
-
- private:
-  char* base_;
-  char* next_;
-};
-
-// Runs `work(item)` for items 0..n on all threads; whoever is free takes the next. `make` prepares a thread's worker.
-template <class Make>
-void share_out(int64_t n, const Make& make) {
-  std::atomic<int64_t> next{0};
-  const int64_t n_threads = std::min<int64_t>(at::get_num_threads(), n);
-  at::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) {
-    auto work = make();
-    for (int64_t item; (item = next++) < n;) work(item);
-    at::native::cpublas::brgemm_release();
-  });
 }
 
+// ---------------------------------------------------------------- activations over a tile
+
+// What a tile of hidden values is made of and where it goes; rows of the tile are hidden units, columns are rows.
+template <class V>
+struct Tile {
+  int64_t m, n;              // hidden units, rows
+  const float *gate, *up;    // products, [m][n]
+  const V *gate_bias, *up_bias;
+  int64_t bias_step;         // from one unit's bias to the next
+  V *kept_gate, *kept_up;    // pre-activations of the chunk, or null
+  int64_t kept_stride;
+  const float* weight;       // of each row
+  V* inner;                  // the block's right factor for the down-projection
+  int64_t first;             // number of the first hidden unit
+};
+
+template <int64_t A, class V>
+void forward_tile(const Activation& how, const Tile<V>& t) {
+  constexpr bool gated_kind = A < kGlu;
+  for (int64_t i = 0; i < t.m; i += 2) {
+    for (int64_t c = 0; c < t.n; c += 16) {
+      __m512 a[2];
+      for (int k = 0; k < 2; k++) {
+        const int64_t at = (i + k) * t.n + c;
+        __m512 g = _mm512_loadu_ps(t.gate + at), u = gated_kind ? _mm512_loadu_ps(t.up + at) : g;
+        if (t.gate_bias) {
+          g = _mm512_add_ps(g, _mm512_set1_ps(static_cast<float>(t.gate_bias[(i + k) * t.bias_step])));
+          if (gated_kind) u = _mm512_add_ps(u, _mm512_set1_ps(static_cast<float>(t.up_bias[(i + k) * t.bias_step])));
+        }
+        if (t.kept_gate) {
+          store(t.kept_gate + (i + k) * t.kept_stride + c, g);
+          if (gated_kind) store(t.kept_up + (i + k) * t.kept_stride + c, u);
+        }
+        a[k] = _mm512_mul_ps(activate<A>(how, g, u, nullptr, nullptr), _mm512_loadu_ps(t.weight + c));
+      }
+      store_inner(t.inner, t.first + i, t.n, c, a[0], a[1]);
+    }
+  }
+}
+
+template <class V>
+struct BackTile {
+  int64_t m, n;
+  const float* da;                 // gradient of the activation over the row weight, [m][n]
+  const V *kept_gate, *kept_up;
+  int64_t kept_stride;             // also that of act, d_gate, d_up
+  const float* weight;
+  float* d_weight;                 // of each row, added to
+  V *act, *d_gate, *d_up;          // rows of the chunk; d_step from one unit's gradient to the next
+  int64_t d_step;
+  V* inner;                        // the block's right factor for the tokens' gradient
+  int64_t gate_place, up_place;    // rows of `inner`; they alternate where up_place is gate_place + 1
+};
+
+template <int64_t A, class V>
+void backward_tile(const Activation& how, const BackTile<V>& t) {
+  constexpr bool gated_kind = A < kGlu;
+  const bool alternate = gated_kind && t.up_place == t.gate_place + 1;
+  for (int64_t c = 0; c < t.n; c += 16) {
+    const __m512 w = _mm512_loadu_ps(t.weight + c);
+    __m512 sum = _mm512_loadu_ps(t.d_weight + c);
+    for (int64_t i = 0; i < t.m; i += 2) {
+      __m512 dg[2], du[2];
+      for (int k = 0; k < 2; k++) {
+        const int64_t at = (i + k) * t.kept_stride + c, to = (i + k) * t.d_step + c;
+        const __m512 g = load(t.kept_gate + at), u = gated_kind ? load(t.kept_up + at) : g;
+        __m512 by_g, by_u = g, da = _mm512_loadu_ps(t.da + (i + k) * t.n + c);
+        const __m512 a = activate<A>(how, g, u, &by_g, &by_u);
+        sum = _mm512_fmadd_ps(da, a, sum);
+        da = _mm512_mul_ps(da, w);
+        store(t.act + at, _mm512_mul_ps(a, w));
+        dg[k] = _mm512_mul_ps(da, by_g);
+        store(t.d_gate + to, dg[k]);
+        if (gated_kind) {
+          du[k] = _mm512_mul_ps(da, by_u);
+          store(t.d_up + to, du[k]);
+        }
+      }
+      if constexpr (kPairs<V>) {  // float32 reads d_gate and d_up themselves
+        if (alternate) {
+          store_inner(t.inner, t.gate_place + 2 * i, t.n, c, dg[0], du[0]);
+          store_inner(t.inner, t.gate_place + 2 * i + 2, t.n, c, dg[1], du[1]);
+        } else {
+          store_inner(t.inner, t.gate_place + i, t.n, c, dg[0], dg[1]);
+          if (gated_kind) store_inner(t.inner, t.up_place + i, t.n, c, du[0], du[1]);
+        }
+      }
+    }
+    _mm512_storeu_ps(t.d_weight + c, sum);
+  }
+}
+
+// ---------------------------------------------------------------- the layer
+
+// Scratch memory of a thread that also gives the matrix unit back.
+struct Workspace : Scratch {
+  using Scratch::Scratch;
+  ~Workspace() { at::native::cpublas::brgemm_release(); }
+};
+
+template <class V>
 struct Layer {
   const int64_t *token, *begin;
-  int64_t n_experts, d, f, o;
+  const float* weight;
+  int64_t n_experts, d, f, o, chunk;
+  bool transposed, interleaved;
+  Activation how;
+  const V *x, *w_in, *w_out, *b_in, *b_out;
+  int64_t gates;  // G
+  std::vector<int64_t> stored;  // where each expert's chunks begin, in padded rows
+
+  int64_t gf() const { return gates * f; }
+  int64_t rows_of(int64_t e) const { return begin[e + 1] - begin[e]; }
+  int64_t padded_rows(int64_t e) const { return stored[e + 1] - stored[e]; }
+  // where hidden unit `unit` (part 0 gate, 1 linear) stands among the G*F outputs of w_in
+  int64_t place(int64_t part, int64_t unit) const { return interleaved ? 2 * unit + part : part * f + unit; }
+  int64_t step() const { return interleaved ? 2 : 1; }
+
+  // `m` outputs from `first` on of a matrix of this layer, as rows over its inputs; through `strip` where it is
+  // stored the other way round.
+  const V* rows(const V* matrix, int64_t out, int64_t in, bool as_stored, int64_t first, int64_t m, V* strip) const {
+    if (as_stored) return matrix + first * in;
+    transpose_columns(matrix + first, out, in, m, strip);
+    return strip;
+  }
 };
 
-// Where each expert's blocks begin in the stored pre-activations, in padded rows.
-std::vector<int64_t> stored_begin(const Layer& layer) {
-  std::vector<int64_t> at(layer.n_experts + 1, 0);
-  for (int64_t e = 0; e < layer.n_experts; e++) at[e + 1] = at[e] + padded(layer.begin[e + 1] - layer.begin[e], 16);
-  return at;
+// A piece of an expert's rows within one chunk.
+struct Piece {
+  int64_t expert, row, n_rows;  // `row` counts from the expert's first one
+};
+
+template <class V>
+std::vector<Piece> pieces(const Layer<V>& l, int64_t most) {
+  std::vector<Piece> all;
+  for (int64_t e = 0; e < l.n_experts; e++) {
+    for (int64_t r = 0; r < l.rows_of(e); r += most) all.push_back({e, r, std::min(most, l.rows_of(e) - r)});
+  }
+  return all;
 }
 
-template <int64_t A>
-void forward(const Layer& l, const BFloat16* x, const BFloat16* w_in, const BFloat16* w_out, const float* weight,
-             BFloat16* rows, BFloat16* hidden) {
-  constexpr int64_t G = A == kSwiglu ? 2 : 1;
-  struct Block { int64_t expert, first, n; };
-  std::vector<Block> blocks;
-  for (int64_t e = 0; e < l.n_experts; e++) {
-    for (int64_t r = l.begin[e]; r < l.begin[e + 1]; r += kRows) {
-      blocks.push_back({e, r, std::min(kRows, l.begin[e + 1] - r)});
-    }
-  }
-  const auto stored = stored_begin(l);
-  share_out(blocks.size(), [&] {
-    auto scratch = std::make_shared<Scratch>(Scratch::bytes<BFloat16>(kRows * l.d) + Scratch::bytes<BFloat16>(kRows * padded(l.f, 2)) +
-                                             2 * Scratch::bytes<float>(kTile * kRows) + Scratch::bytes<float>(kRows));
-    auto* packed = scratch->take<BFloat16>(kRows * l.d);
-    auto* inner = scratch->take<uint32_t>(kRows * l.f / 2);
-    auto* g = scratch->take<float>(kTile * kRows);
-    auto* u = scratch->take<float>(kTile * kRows);
-    auto* scale = scratch->take<float>(kRows);
-    return [=, &l, &blocks, &stored](int64_t item) {
+// A piece's chunk: where it is kept (in padded rows), its padded rows, and the piece's column within it.
+template <class V>
+std::tuple<int64_t, int64_t, int64_t> chunk_of(const Layer<V>& l, const Piece& p) {
+  const int64_t start = p.row / l.chunk * l.chunk;
+  return {l.stored[p.expert] + start, std::min(l.chunk, l.padded_rows(p.expert) - start), p.row - start};
+}
+
+template <class V>
+void forward(const Layer<V>& l, V* rows, V* hidden) {
+  using S = Scratch;
+  void (*tile_of)(const Activation&, const Tile<V>&) = nullptr;
+  with_kind(l.how.kind, [&](auto kind) { tile_of = forward_tile<kind(), V>; });
+  // whole chunks where there are enough for all threads
+  const int64_t total = l.begin[l.n_experts], n_threads = at::get_num_threads();
+  const auto work = pieces(l, total >= 4 * n_threads * l.chunk ? l.chunk : std::min(l.chunk, total >= 8 * n_threads * kRows ? 2 * kRows : kRows));
+  share_out(work.size(), [&] {
+    const int64_t longest = std::max(l.d, l.f);
+    auto scratch = std::make_shared<Workspace>(S::bytes<V>(l.chunk * l.d) + S::bytes<V>(l.chunk * l.f) + S::bytes<V>(2 * kTile * longest) +
+                                               2 * S::bytes<float>(kTile * kRows) + S::bytes<float>(l.chunk));
+    auto* packed = scratch->template take<V>(l.chunk * l.d);
+    auto* inner = scratch->template take<V>(l.chunk * l.f);
+    auto* strip = scratch->template take<V>(2 * kTile * longest);
+    auto* g = scratch->template take<float>(kTile * kRows);
+    auto* u = scratch->template take<float>(kTile * kRows);
+    auto* scale = scratch->template take<float>(l.chunk);
+    return [=, &l, &work](int64_t item) {
       (void)scratch;
-      const auto [expert, first, n_rows] = blocks[item];
-      const int64_t n = padded(n_rows, 16);
-      pack_transposed(x, l.token + first, n_rows, n, l.d, packed);
-      for (int64_t c = 0; c < n; c++) scale[c] = c < n_rows ? weight[first + c] : 0.0f;
-      const BFloat16* up = w_in + expert * G * l.f * l.d;
-      BFloat16* kept = hidden ? hidden + (stored[expert] + first - l.begin[expert]) * G * l.f : nullptr;
+      const Piece p = work[item];
+      const auto [kept_at, kept_rows, column] = chunk_of(l, p);
+      const int64_t first = l.begin[p.expert] + p.row, n_all = padded(p.n_rows, 16);
+      for (int64_t c = 0; c < n_all; c++) scale[c] = c < p.n_rows ? l.weight[first + c] : 0.0f;
+      for (int64_t b = 0; b < n_all; b += kRows) {
+        pack_transposed(l.x, l.token + first + b, p.n_rows - b, std::min(kRows, n_all - b), l.d, packed + b * l.d);
+      }
+      const V* up_map = l.w_in + p.expert * l.gf() * l.d;
+      const V* bias = l.b_in ? l.b_in + p.expert * l.gf() : nullptr;
+      V* kept = hidden ? hidden + kept_at * l.gf() + column : nullptr;
       for (int64_t f = 0; f < l.f; f += kTile) {
         const int64_t m = std::min(kTile, l.f - f);
-        brgemm(m, n, l.d, l.d, n, n, false, up + f * l.d, packed, g, true);
-        if (G == 2) brgemm(m, n, l.d, l.d, n, n, false, up + (l.f + f) * l.d, packed, u, true);
-        for (int64_t i = 0; i < m; i += 2) {
-          for (int64_t c = 0; c < n; c += 16) {
-            __m256i a[2];
-            for (int k = 0; k < 2; k++) {
-              const int64_t at = (i + k) * n + c;
-              const __m512 gate = _mm512_loadu_ps(g + at), linear = _mm512_loadu_ps(u + at);
-              if (kept) {
-                store16(kept + (f + i + k) * n + c, to_bf16(gate));
-                if (G == 2) store16(kept + (l.f + f + i + k) * n + c, to_bf16(linear));
-              }
-              a[k] = to_bf16(_mm512_mul_ps(activate<A>(gate, linear, nullptr, nullptr), _mm512_loadu_ps(scale + c)));
-            }
-            _mm512_storeu_si512(inner + (f + i) / 2 * n + c, pairs(a[0], a[1]));
-          }
+        const V *gate_rows, *up_rows = nullptr;
+        const int64_t lda = l.step() * l.d;
+        if (l.interleaved) {
+          gate_rows = l.rows(up_map, l.gf(), l.d, !l.transposed, 2 * f, 2 * m, strip);
+          up_rows = gate_rows + l.d;
+        } else {
+          gate_rows = l.rows(up_map, l.gf(), l.d, !l.transposed, f, m, strip);
+          if (l.gates == 2) up_rows = l.rows(up_map, l.gf(), l.d, !l.transposed, l.f + f, m, strip + kTile * l.d);
+        }
+        for (int64_t b = 0; b < n_all; b += kRows) {
+          const int64_t n = std::min(kRows, n_all - b);
+          brgemm(m, n, l.d, lda, n, n, false, gate_rows, packed + b * l.d, g, kPairs<V>);
+          if (up_rows) brgemm(m, n, l.d, lda, n, n, false, up_rows, packed + b * l.d, u, kPairs<V>);
+          tile_of(l.how, {m, n, g, u, bias ? bias + l.place(0, f) : nullptr, bias ? bias + l.place(1, f) : nullptr, l.step(),
+                          kept ? kept + f * kept_rows + b : nullptr, kept ? kept + (l.f + f) * kept_rows + b : nullptr, kept_rows,
+                          scale + b, inner + b * l.f, f});
         }
       }
+      const V* out_bias = l.b_out ? l.b_out + p.expert * l.o : nullptr;
       for (int64_t o = 0; o < l.o; o += kTile) {
         const int64_t m = std::min(kTile, l.o - o);
-        brgemm(m, n, l.f, l.f, n, n, false, w_out + (expert * l.o + o) * l.f, reinterpret_cast<BFloat16*>(inner), g, true);
-        store_transposed(g, m, n, n_rows, rows + first * l.o + o, l.o);
+        const V* left = l.rows(l.w_out + p.expert * l.o * l.f, l.o, l.f, !l.transposed, o, m, strip);
+        for (int64_t b = 0; b < n_all; b += kRows) {
+          const int64_t n = std::min(kRows, n_all - b);
+          brgemm(m, n, l.f, l.f, n, n, false, left, inner + b * l.f, g, kPairs<V>);
+          store_transposed(g, m, n, p.n_rows - b, rows + (first + b) * l.o + o, l.o, out_bias ? out_bias + o : nullptr, scale + b);
+        }
       }
     };
   });
 }
 
-template <int64_t A, class Gradient>
-void backward(const Layer& l, const BFloat16* x, const BFloat16* w_in, const BFloat16* w_out, const float* weight,
-              const BFloat16* hidden, const BFloat16* dy, BFloat16* dx_rows, Gradient* dw_in, Gradient* dw_out, float* dweight) {
-  constexpr int64_t G = A == kSwiglu ? 2 : 1;
-  const int64_t gf = G * l.f;
-  // one expert at a time, the largest first, so that nobody waits long for the last
+// Gradients of one chunk's rows: `dh` [G*F][rows] and `act` [F][rows] (activation times row weight) for the weights'
+// gradients, the tokens' (unless dx_rows is null) and the row weights'.
+template <class V>
+class BackwardRows {
+ public:
+  using S = Scratch;
+  static size_t bytes(const Layer<V>& l) {
+    return S::bytes<V>(l.chunk * l.o) + S::bytes<V>(kPairs<V> ? l.chunk * l.gf() : 0) + S::bytes<V>(kTile * std::max(l.gf(), l.o)) +
+           S::bytes<float>(kTile * kRows) + 2 * S::bytes<float>(l.chunk);
+  }
+  BackwardRows(const Layer<V>& l, Scratch& scratch)
+      : l_(l),
+        dy_t_(scratch.take<V>(l.chunk * l.o)),
+        inner_(scratch.take<V>(kPairs<V> ? l.chunk * l.gf() : 0)),
+        strip_(scratch.take<V>(kTile * std::max(l.gf(), l.o))),
+        tile_(scratch.take<float>(kTile * kRows)),
+        scale_(scratch.take<float>(l.chunk)),
+        d_scale_(scratch.take<float>(l.chunk)) {
+    with_kind(l.how.kind, [&](auto kind) { tile_of_ = backward_tile<kind(), V>; });
+  }
+
+  void operator()(const Piece& p, const V* hidden, const V* dy, V* dh, V* act, V* dx_rows, float* d_weight) const {
+    const Layer<V>& l = l_;
+    const int64_t first = l.begin[p.expert] + p.row, n_all = padded(p.n_rows, 16);
+    for (int64_t c = 0; c < n_all; c++) scale_[c] = c < p.n_rows ? l.weight[first + c] : 0.0f;
+    std::fill(d_scale_, d_scale_ + n_all, 0.0f);
+    if (l.b_out) {
+      const V* bias = l.b_out + p.expert * l.o;
+      for (int64_t c = 0; c < p.n_rows; c++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t o = 0; o < l.o; o += 16) sum = _mm512_fmadd_ps(load(dy + l.token[first + c] * l.o + o), load(bias + o), sum);
+        d_scale_[c] = _mm512_reduce_add_ps(sum);
+      }
+    }
+    for (int64_t b = 0; b < n_all; b += kRows) {
+      pack_transposed(dy, l.token + first + b, p.n_rows - b, std::min(kRows, n_all - b), l.o, dy_t_ + b * l.o);
+    }
+    for (int64_t f = 0; f < l.f; f += kTile) {
+      const int64_t m = std::min(kTile, l.f - f);
+      const V* left = l.rows(l.w_out + p.expert * l.o * l.f, l.f, l.o, l.transposed, f, m, strip_);
+      for (int64_t b = 0; b < n_all; b += kRows) {
+        const int64_t n = std::min(kRows, n_all - b);
+        brgemm(m, n, l.o, l.o, n, n, false, left, dy_t_ + b * l.o, tile_, kPairs<V>);
+        tile_of_(l.how, {m, n, tile_, hidden + f * n_all + b, hidden + (l.f + f) * n_all + b, n_all, scale_ + b, d_scale_ + b,
+                         act + f * n_all + b, dh + l.place(0, f) * n_all + b, dh + l.place(1, f) * n_all + b, l.step() * n_all,
+                         inner_ + b * l.gf(), l.place(0, f), l.place(1, f)});
+      }
+    }
+    std::copy(d_scale_, d_scale_ + p.n_rows, d_weight + first);
+    if (dx_rows == nullptr) return;
+    for (int64_t d = 0; d < l.d; d += kTile) {
+      const int64_t m = std::min(kTile, l.d - d);
+      const V* left = l.rows(l.w_in + p.expert * l.gf() * l.d, l.d, l.gf(), l.transposed, d, m, strip_);
+      for (int64_t b = 0; b < n_all; b += kRows) {
+        const int64_t n = std::min(kRows, n_all - b);
+        const V* right = kPairs<V> ? inner_ + b * l.gf() : dh + b;
+        brgemm(m, n, l.gf(), l.gf(), kPairs<V> ? n : n_all, n, false, left, right, tile_, kPairs<V>);
+        store_transposed<V>(tile_, m, n, p.n_rows - b, dx_rows + (first + b) * l.d + d, l.d, nullptr, nullptr);
+      }
+    }
+  }
+
+ private:
+  const Layer<V>& l_;
+  V *dy_t_, *inner_, *strip_;
+  float *tile_, *scale_, *d_scale_;
+  void (*tile_of_)(const Activation&, const BackTile<V>&) = nullptr;
+};
+
+template <class Gradient>
+struct WeightGradients {
+  Gradient *w_in, *w_out, *b_in, *b_out;
+};
+
+// Gradients of one expert's weights from `dh` and `act` of all its chunks; part `part` of `n_parts` of their tiles.
+template <class V, class Gradient>
+class BackwardWeights {
+ public:
+  using S = Scratch;
+  static size_t bytes(const Layer<V>& l, int64_t most) {
+    return S::bytes<V>(most * l.o) + S::bytes<V>(most * l.d) + S::bytes<float>(kTile * kTile) + S::bytes<float>(std::max(l.o, l.gf()));
+  }
+  BackwardWeights(const Layer<V>& l, int64_t most, Scratch& scratch)
+      : l_(l),
+        dy_p_(scratch.take<V>(most * l.o)),
+        x_p_(scratch.take<V>(most * l.d)),
+        tile_(scratch.take<float>(kTile * kTile)),
+        sums_(scratch.take<float>(std::max(l.o, l.gf()))) {}
+
+  void operator()(int64_t e, int64_t part, int64_t n_parts, const V* dy, const V* dh, const V* act, const WeightGradients<Gradient>& to) const {
+    const Layer<V>& l = l_;
+    const int64_t n_rows = l.rows_of(e), rows = l.padded_rows(e), gf = l.gf();
+    const int64_t* token = l.token + l.begin[e];
+    Gradient *gw_in = to.w_in + e * gf * l.d, *gw_out = to.w_out + e * l.o * l.f;
+    pack_rows(dy, token, n_rows, rows, l.o, dy_p_);
+    pack_rows(l.x, token, n_rows, rows, l.d, x_p_);
+    const auto mine = [&](int64_t tile) { return tile % n_parts == part; };
+    for (int64_t f = 0; f < l.f; f += kTile) {
+      if (!mine(f / kTile)) continue;
+      const int64_t m = std::min(kTile, l.f - f);
+      for (int64_t o = 0; o < l.o; o += kTile) {
+        const int64_t n = std::min(kTile, l.o - o);
+        product(act, l.f, f, m, dy_p_, l.o, o, n, rows);
+        Gradient* at = l.transposed ? gw_out + f * l.o + o : gw_out + o * l.f + f;
+        store_gradient(tile_, m, n, at, l.transposed ? l.o : l.f, !l.transposed);
+      }
+    }
+    for (int64_t f = 0; f < gf; f += kTile) {
+      if (!mine(f / kTile)) continue;
+      const int64_t m = std::min(kTile, gf - f);
+      for (int64_t d = 0; d < l.d; d += kTile) {
+        const int64_t n = std::min(kTile, l.d - d);
+        product(dh, gf, f, m, x_p_, l.d, d, n, rows);
+        Gradient* at = l.transposed ? gw_in + d * gf + f : gw_in + f * l.d + d;
+        store_gradient(tile_, m, n, at, l.transposed ? gf : l.d, l.transposed);
+      }
+    }
+    if (part == 0 && l.b_in) {
+      for (int64_t f = 0; f < gf; f++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t start = 0; start < rows; start += l.chunk) {
+          const int64_t n = std::min(l.chunk, rows - start);
+          for (int64_t c = 0; c < n; c += 16) sum = _mm512_add_ps(sum, load(dh + start * gf + f * n + c));
+        }
+        to.b_in[e * gf + f] = static_cast<Gradient>(_mm512_reduce_add_ps(sum));
+      }
+    }
+    if (part == 0 && l.b_out) {
+      std::fill(sums_, sums_ + l.o, 0.0f);
+      for (int64_t r = 0; r < n_rows; r++) {
+        const __m512 w = _mm512_set1_ps(l.weight[l.begin[e] + r]);
+        for (int64_t o = 0; o < l.o; o += 16) _mm512_storeu_ps(sums_ + o, _mm512_fmadd_ps(w, load(dy + token[r] * l.o + o), _mm512_loadu_ps(sums_ + o)));
+      }
+      for (int64_t o = 0; o < l.o; o += 16) store(to.b_out + e * l.o + o, _mm512_loadu_ps(sums_ + o));
+    }
+  }
+
+  void zeros(int64_t e, const WeightGradients<Gradient>& to) const {
+    const int64_t gf = l_.gf();
+    const auto clear = [](Gradient* p, int64_t n) { std::memset(static_cast<void*>(p), 0, n * sizeof(Gradient)); };
+    clear(to.w_in + e * gf * l_.d, gf * l_.d);
+    clear(to.w_out + e * l_.o * l_.f, l_.o * l_.f);
+    if (l_.b_in) clear(to.b_in + e * gf, gf);
+    if (l_.b_out) clear(to.b_out + e * l_.o, l_.o);
+  }
+
+ private:
+  // tile_ [m][n] = rows `first`.. of the left factor, chunk by chunk as it is kept, times columns `column`.. of the right
+  void product(const V* left, int64_t height, int64_t first, int64_t m, const V* right, int64_t width, int64_t column, int64_t n, int64_t rows) const {
+    for (int64_t start = 0; start < rows; start += l_.chunk) {
+      const int64_t k = std::min(l_.chunk, rows - start);
+      brgemm(m, n, k, k, width, n, start > 0, left + start * height + first * k, right + start * width + (kPairs<V> ? 2 : 1) * column, tile_,
+             kPairs<V>);
+    }
+  }
+
+  const Layer<V>& l_;
+  V *dy_p_, *x_p_;
+  float *tile_, *sums_;
+};
+
+template <class V, class Gradient>
+void backward(const Layer<V>& l, const V* hidden, const V* dy, V* dx_rows, const WeightGradients<Gradient>& to, float* d_weight) {
+  using S = Scratch;
+  using Weights = BackwardWeights<V, Gradient>;
+  const int64_t n_threads = at::get_num_threads(), total = l.stored[l.n_experts], gf = l.gf();
+  // the largest first, so that nobody waits long for the last
   std::vector<int64_t> order(l.n_experts);
   for (int64_t e = 0; e < l.n_experts; e++) order[e] = e;
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return l.begin[a + 1] - l.begin[a] > l.begin[b + 1] - l.begin[b];
-  });
-  const auto stored = stored_begin(l);
-  const int64_t most = padded(l.begin[order[0] + 1] - l.begin[order[0]], 64);
-  const int64_t longest = std::max({l.d, gf, l.o});
-  share_out(l.n_experts, [&] {
-    using S = Scratch;
-    auto scratch = std::make_shared<S>(2 * S::bytes<BFloat16>(most * l.o) + S::bytes<BFloat16>(most * l.d) + 2 * S::bytes<BFloat16>(most * gf) +
-                                       S::bytes<BFloat16>(most * l.f) + S::bytes<BFloat16>(kTile * padded(longest, 32)) +
-                                       S::bytes<float>(kTile * kTile) + 2 * S::bytes<float>(most));
-    auto* dy_t = scratch->take<BFloat16>(most * l.o);    // per block [O / 2][n] pairs
-    auto* dy_p = scratch->take<BFloat16>(most * l.o);    // [rows / 2][O] pairs
-    auto* x_p = scratch->take<BFloat16>(most * l.d);     // [rows / 2][D] pairs
-    auto* dh_t = scratch->take<BFloat16>(most * gf);     // [G F][rows]
-    auto* dh_p = scratch->take<BFloat16>(most * gf);     // per block [G F / 2][n] pairs
-    auto* act_t = scratch->take<BFloat16>(most * l.f);   // [F][rows]
-    auto* columns = scratch->take<BFloat16>(kTile * padded(longest, 32));
-    auto* tile = scratch->take<float>(kTile * kTile);
-    auto* scale = scratch->take<float>(most);
-    auto* dscale = scratch->take<float>(most);
-    return [=, &l, &order, &stored](int64_t item) {
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return l.rows_of(a) > l.rows_of(b); });
+  const int64_t most = l.padded_rows(order[0]);
+
+  if (n_threads == 1 || most * n_threads <= total) {
+    // one expert at a time, rows and then weights, so that what lies between stays in the thread's cache
+    share_out(l.n_experts, [&] {
+      auto scratch = std::make_shared<Workspace>(BackwardRows<V>::bytes(l) + Weights::bytes(l, most) + S::bytes<V>(most * gf) + S::bytes<V>(most * l.f));
+      const BackwardRows<V> of_rows(l, *scratch);
+      const Weights of_weights(l, most, *scratch);
+      auto* dh = scratch->template take<V>(most * gf);
+      auto* act = scratch->template take<V>(most * l.f);
+      return [=, &l, &order, &to](int64_t item) {
+        (void)scratch;
+        const int64_t e = order[item], n_rows = l.rows_of(e);
+        if (n_rows == 0) return of_weights.zeros(e, to);
+        for (int64_t r = 0; r < n_rows; r += l.chunk) {
+          of_rows({e, r, std::min(l.chunk, n_rows - r)}, hidden + (l.stored[e] + r) * gf, dy, dh + r * gf, act + r * l.f, dx_rows, d_weight);
+        }
+        of_weights(e, 0, 1, dy, dh, act, to);
+      };
+    });
+    return;
+  }
+
+  // few experts have most rows, or there are many threads: all rows first, then all weights, both in pieces
+  const auto work = pieces(l, l.chunk);
+  Scratch shared(S::bytes<V>(total * gf) + S::bytes<V>(total * l.f));
+  auto* dh = shared.take<V>(total * gf);
+  auto* act = shared.take<V>(total * l.f);
+  share_out(work.size(), [&] {
+    auto scratch = std::make_shared<Workspace>(BackwardRows<V>::bytes(l));
+    const BackwardRows<V> of_rows(l, *scratch);
+    return [=, &l, &work](int64_t item) {
       (void)scratch;
-      const int64_t e = order[item], first = l.begin[e], n_rows = l.begin[e + 1] - first;
-      Gradient *gw_in = dw_in + e * gf * l.d, *gw_out = dw_out + e * l.o * l.f;
-      if (n_rows == 0) {
-        std::memset(static_cast<void*>(gw_in), 0, gf * l.d * sizeof(Gradient));
-        std::memset(static_cast<void*>(gw_out), 0, l.o * l.f * sizeof(Gradient));
-        return;
-      }
-      // `rows` is the inner dimension of the weight gradients; blocks are padded to 16 only
-      const int64_t rows = padded(n_rows, 32), in_blocks = padded(n_rows, 16);
-      const int64_t* token = l.token + first;
-      for (int64_t b = 0; b < in_blocks; b += kRows) {
-        const int64_t n = std::min(kRows, in_blocks - b);
-        pack_transposed(dy, token + b, n_rows - b, n, l.o, dy_t + b * l.o);
-      }
-      pack_rows(dy, token, n_rows, rows, l.o, dy_p);
-      pack_rows(x, token, n_rows, rows, l.d, x_p);
-      for (int64_t c = 0; c < in_blocks; c++) scale[c] = c < n_rows ? weight[first + c] : 0.0f;
-      std::fill(dscale, dscale + in_blocks, 0.0f);
-      if (rows > in_blocks) {
-        for (int64_t f = 0; f < gf; f++) std::memset(static_cast<void*>(dh_t + f * rows + in_blocks), 0, 32);
-        for (int64_t f = 0; f < l.f; f++) std::memset(static_cast<void*>(act_t + f * rows + in_blocks), 0, 32);
-      }
-      for (int64_t f = 0; f < l.f; f += kTile) {
-        const int64_t m = std::min(kTile, l.f - f);
-        transpose_columns(w_out + e * l.o * l.f + f, l.f, l.o, m, columns);
-        for (int64_t b = 0; b < in_blocks; b += kRows) {
-          const int64_t n = std::min(kRows, in_blocks - b);
-          brgemm(m, n, l.o, l.o, n, n, false, columns, dy_t + b * l.o, tile, true);
-          const BFloat16* kept = hidden + (stored[e] + b) * gf;
-          auto* out_p = reinterpret_cast<uint32_t*>(dh_p) + b * gf / 2;
-          for (int64_t c = 0; c < n; c += 16) {
-            const __m512 w = _mm512_loadu_ps(scale + b + c);
-            __m512 sum = _mm512_loadu_ps(dscale + b + c);
-            for (int64_t i = 0; i < m; i += 2) {
-              __m256i dg[2], du[2];
-              for (int k = 0; k < 2; k++) {
-                const int64_t row = f + i + k;
-                const __m512 g = to_float(load16(kept + row * n + c));
-                const __m512 u = G == 2 ? to_float(load16(kept + (l.f + row) * n + c)) : g;
-                __m512 by_g, by_u = g, da = _mm512_loadu_ps(tile + (i + k) * n + c);
-                const __m512 a = activate<A>(g, u, &by_g, &by_u);
-                sum = _mm512_fmadd_ps(da, a, sum);
-                da = _mm512_mul_ps(da, w);
-                store16(act_t + row * rows + b + c, to_bf16(_mm512_mul_ps(a, w)));
-                dg[k] = to_bf16(_mm512_mul_ps(da, by_g));
-                store16(dh_t + row * rows + b + c, dg[k]);
-                if (G == 2) {
-                  du[k] = to_bf16(_mm512_mul_ps(da, by_u));
-                  store16(dh_t + (l.f + row) * rows + b + c, du[k]);
-                }
-              }
-              _mm512_storeu_si512(out_p + (f + i) / 2 * n + c, pairs(dg[0], dg[1]));
-              if (G == 2) _mm512_storeu_si512(out_p + (l.f + f + i) / 2 * n + c, pairs(du[0], du[1]));
-            }
-            _mm512_storeu_ps(dscale + b + c, sum);
-          }
-        }
-      }
-      std::copy(dscale, dscale + n_rows, dweight + first);
-      for (int64_t f = 0; f < l.f; f += kTile) {
-        const int64_t m = std::min(kTile, l.f - f);
-        for (int64_t o = 0; o < l.o; o += kTile) {
-          const int64_t n = std::min(kTile, l.o - o);
-          brgemm(m, n, rows, rows, l.o, n, false, act_t + f * rows, dy_p + o * 2, tile, true);
-          for (int64_t i = 0; i < m; i += 16) {
-            for (int64_t j = 0; j < n; j += 16) {
-              __m512i r[16];
-              for (int k = 0; k < 16; k++) r[k] = _mm512_loadu_si512(tile + (i + k) * n + j);
-              transpose(r);
-              for (int k = 0; k < 16; k++) store_gradient(gw_out + (o + j + k) * l.f + f + i, (__m512)r[k]);
-            }
-          }
-        }
-      }
-      for (int64_t f = 0; f < gf; f += kTile) {
-        const int64_t m = std::min(kTile, gf - f);
-        for (int64_t d = 0; d < l.d; d += kTile) {
-          const int64_t n = std::min(kTile, l.d - d);
-          brgemm(m, n, rows, rows, l.d, n, false, dh_t + f * rows, x_p + d * 2, tile, true);
-          for (int64_t i = 0; i < m; i++) {
-            for (int64_t j = 0; j < n; j += 16) {
-              store_gradient(gw_in + (f + i) * l.d + d + j, _mm512_loadu_ps(tile + i * n + j));
-            }
-          }
-        }
-      }
-      if (dx_rows == nullptr) return;
-      for (int64_t d = 0; d < l.d; d += kTile) {
-        const int64_t m = std::min(kTile, l.d - d);
-        transpose_columns(w_in + e * gf * l.d + d, l.d, gf, m, columns);
-        for (int64_t b = 0; b < in_blocks; b += kRows) {
-          const int64_t n = std::min(kRows, in_blocks - b);
-          brgemm(m, n, gf, gf, n, n, false, columns, dh_p + b * gf, tile, true);
-          store_transposed(tile, m, n, n_rows - b, dx_rows + (first + b) * l.d + d, l.d);
-        }
-      }
+      const Piece p = work[item];
+      const int64_t at = l.stored[p.expert] + p.row;
+      of_rows(p, hidden + at * gf, dy, dh + at * gf, act + at * l.f, dx_rows, d_weight);
+    };
+  });
+  struct Part { int64_t expert, part, n_parts; };
+  std::vector<Part> parts;
+  for (int64_t e : order) {
+    const int64_t n = std::clamp<int64_t>(2 * n_threads * l.padded_rows(e) / std::max<int64_t>(total, 1), 1, padded(l.f, kTile) / kTile);
+    for (int64_t part = 0; part < n; part++) parts.push_back({e, part, n});
+  }
+  share_out(parts.size(), [&] {
+    auto scratch = std::make_shared<Workspace>(Weights::bytes(l, most));
+    const Weights of_weights(l, most, *scratch);
+    return [=, &l, &parts, &to](int64_t item) {
+      (void)scratch;
+      const auto [e, part, n_parts] = parts[item];
+      if (l.rows_of(e) == 0) return of_weights.zeros(e, to);
+      of_weights(e, part, n_parts, dy, dh + l.stored[e] * gf, act + l.stored[e] * l.f, to);
     };
   });
 }
 
-template <class Call>
-void with_activation(int64_t activation, const Call& call) {
-  switch (activation) {
-    case kSwiglu: return call(std::integral_constant<int64_t, kSwiglu>());
-    case kGelu: return call(std::integral_constant<int64_t, kGelu>());
-    case kRelu: return call(std::integral_constant<int64_t, kRelu>());
-    default: return call(std::integral_constant<int64_t, kSigmoid>());
-  }
+// y [T, width]: the sum of each token's rows, in float32 and in the order of the rows; zeros for a token without one.
+template <class V>
+void sum_rows(const int64_t* token, int64_t n_rows, int64_t n_tokens, int64_t width, const V* rows, V* y) {
+  std::vector<int64_t> begin(n_tokens + 1, 0), of_token(n_rows);
+  for (int64_t r = 0; r < n_rows; r++) begin[token[r] + 1]++;
+  for (int64_t t = 0; t < n_tokens; t++) begin[t + 1] += begin[t];
+  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+  for (int64_t r = 0; r < n_rows; r++) of_token[next[token[r]]++] = r;
+  at::parallel_for(0, n_tokens, 64, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++) {
+      for (int64_t c = 0; c < width; c += 16) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = begin[t]; i < begin[t + 1]; i++) sum = _mm512_add_ps(sum, load(rows + of_token[i] * width + c));
+        store(y + t * width + c, sum);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- what Python calls
+
+extern "C" {
+
+struct LayerArguments {
+  const int64_t *token, *begin;
+  const float* weight;
+  int64_t n_experts, d, f, o, chunk, transposed, interleaved, kind, is_float;
+  double alpha, limit, offset;
+  const void *x, *w_in, *w_out, *b_in, *b_out;
+};
+}
+
+namespace {
+
+template <class V>
+Layer<V> layer_of(const LayerArguments& a) {
+  const auto as = [](const void* p) { return static_cast<const V*>(p); };
+  Layer<V> l{a.token, a.begin, a.weight, a.n_experts, a.d, a.f, a.o, a.chunk, a.transposed != 0, a.interleaved != 0,
+             {a.kind, static_cast<float>(a.alpha), static_cast<float>(a.limit), static_cast<float>(a.offset)},
+             as(a.x), as(a.w_in), as(a.w_out), as(a.b_in), as(a.b_out), a.kind < kGlu ? 2 : 1, {}};
+  l.stored.assign(a.n_experts + 1, 0);
+  for (int64_t e = 0; e < a.n_experts; e++) l.stored[e + 1] = l.stored[e] + padded(l.rows_of(e), 16);
+  return l;
+}
+
+template <class V, class Gradient>
+void call_backward(const LayerArguments& a, const void* hidden, const void* dy, void* dx_rows, void* const* to, float* d_weight) {
+  const auto as = [&](int i) { return static_cast<Gradient*>(to[i]); };
+  backward<V, Gradient>(layer_of<V>(a), static_cast<const V*>(hidden), static_cast<const V*>(dy), static_cast<V*>(dx_rows),
+                        {as(0), as(1), as(2), as(3)}, d_weight);
 }
 
 }  // namespace
@@ -459,50 +656,33 @@ extern "C" {
 
 // rows [R, O]: each expert's answer to its rows, times the row weight. `hidden` [padded R, G*F] keeps what the
 // backward pass needs, or is null.
-void moekit_forward(int64_t activation, const int64_t* token, const int64_t* begin, int64_t n_experts, int64_t d, int64_t f, int64_t o,
-                    const void* x, const void* w_in, const void* w_out, const float* weight, void* rows, void* hidden) {
-  const Layer layer{token, begin, n_experts, d, f, o};
-  with_activation(activation, [&](auto a) {
-    forward<a()>(layer, static_cast<const BFloat16*>(x), static_cast<const BFloat16*>(w_in), static_cast<const BFloat16*>(w_out), weight,
-                 static_cast<BFloat16*>(rows), static_cast<BFloat16*>(hidden));
-  });
+void moekit_forward(const LayerArguments* a, void* rows, void* hidden) {
+  if (a->is_float) {
+    forward(layer_of<float>(*a), static_cast<float*>(rows), static_cast<float*>(hidden));
+  } else {
+    forward(layer_of<BFloat16>(*a), static_cast<BFloat16*>(rows), static_cast<BFloat16*>(hidden));
+  }
 }
 
-// Gradients of the weights in float32 or bf16, of the row weights, and of each row's token [R, D] (or null).
-void moekit_backward(int64_t activation, const int64_t* token, const int64_t* begin, int64_t n_experts, int64_t d, int64_t f, int64_t o,
-                     const void* x, const void* w_in, const void* w_out, const float* weight, const void* hidden, const void* dy,
-                     void* dx_rows, void* dw_in, void* dw_out, int64_t float_gradients, float* dweight) {
-  const Layer layer{token, begin, n_experts, d, f, o};
-  with_activation(activation, [&](auto a) {
-    const auto *x_ = static_cast<const BFloat16*>(x), *in = static_cast<const BFloat16*>(w_in), *out = static_cast<const BFloat16*>(w_out);
-    const auto *h = static_cast<const BFloat16*>(hidden), *dy_ = static_cast<const BFloat16*>(dy);
-    auto* dx = static_cast<BFloat16*>(dx_rows);
-    if (float_gradients) {
-      backward<a()>(layer, x_, in, out, weight, h, dy_, dx, static_cast<float*>(dw_in), static_cast<float*>(dw_out), dweight);
-    } else {
-      backward<a()>(layer, x_, in, out, weight, h, dy_, dx, static_cast<BFloat16*>(dw_in), static_cast<BFloat16*>(dw_out), dweight);
-    }
-  });
+// Gradients of each row's token [R, D] (or null), of the weights and biases (`to`: w_in, w_out, b_in, b_out, in float32
+// or in the layer's type) and of the row weights.
+void moekit_backward(const LayerArguments* a, const void* hidden, const void* dy, void* dx_rows, void* const* to, int64_t float_gradients,
+                     float* d_weight) {
+  if (a->is_float) {
+    call_backward<float, float>(*a, hidden, dy, dx_rows, to, d_weight);
+  } else if (float_gradients) {
+    call_backward<BFloat16, float>(*a, hidden, dy, dx_rows, to, d_weight);
+  } else {
+    call_backward<BFloat16, BFloat16>(*a, hidden, dy, dx_rows, to, d_weight);
+  }
 }
 
-// y [T, O]: the sum of each token's rows, in float32 and in the order of the rows; zeros for a token without one.
-void moekit_sum_rows(const int64_t* token, int64_t n_rows, int64_t n_tokens, int64_t width, const void* rows, void* y) {
-  std::vector<int64_t> begin(n_tokens + 1, 0), of_token(n_rows);
-  for (int64_t r = 0; r < n_rows; r++) begin[token[r] + 1]++;
-  for (int64_t t = 0; t < n_tokens; t++) begin[t + 1] += begin[t];
-  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-  for (int64_t r = 0; r < n_rows; r++) of_token[next[token[r]]++] = r;
-  const auto* from = static_cast<const BFloat16*>(rows);
-  auto* to = static_cast<BFloat16*>(y);
-  at::parallel_for(0, n_tokens, 64, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; t++) {
-      for (int64_t c = 0; c < width; c += 16) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t i = begin[t]; i < begin[t + 1]; i++) sum = _mm512_add_ps(sum, to_float(load16(from + of_token[i] * width + c)));
-        store16(to + t * width + c, to_bf16(sum));
-      }
-    }
-  });
+void moekit_sum_rows(const int64_t* token, int64_t n_rows, int64_t n_tokens, int64_t width, int64_t is_float, const void* rows, void* y) {
+  if (is_float) {
+    sum_rows(token, n_rows, n_tokens, width, static_cast<const float*>(rows), static_cast<float*>(y));
+  } else {
+    sum_rows(token, n_rows, n_tokens, width, static_cast<const BFloat16*>(rows), static_cast<BFloat16*>(y));
+  }
 }
 
 }  // extern "C"

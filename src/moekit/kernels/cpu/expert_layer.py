@@ -1,9 +1,9 @@
 """Dispatch, expert MLPs and combine in one: the CPU kernel of `expert_layer.cpp` as a differentiable function.
 
 Registered as the operation "expert_layer": tokens `[T, D]`, rows sorted by expert as `token_index [R]`,
-`row_weight [R]` and `tokens_per_expert [E]`, weights as in `moekit.kernels.expert_mlp`, result `[T, O]` in bfloat16.
-Master weights may be float32: they are cast here, and their gradients come back in float32 without a bfloat16
-copy in between.
+`row_weight [R]` and `tokens_per_expert [E]`, the experts as `ExpertWeights`, result `[T, O]` in bfloat16 or float32.
+In bfloat16, master weights may be float32: they are cast here, and their gradients come back in float32 without a
+bfloat16 copy in between.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import ctypes
 import functools
 import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +23,32 @@ from torch.autograd.function import once_differentiable
 
 from moekit.kernels.cpu import has_bf16_products
 from moekit.kernels.cpu.build import BuildError, cannot_build, load
+from moekit.kernels.expert_weights import KINDS, Activation, ExpertWeights
 from moekit.kernels.registry import Usable, register
 
 SWITCH = "MOEKIT_CPU_KERNELS"
 SOURCE = Path(__file__).with_suffix(".cpp")
-ACTIVATIONS = {"swiglu": 0, "gelu": 1, "relu": 2, "sigmoid": 3}
+DTYPES = (torch.bfloat16, torch.float32)
+CHUNK_BYTES = 512 * 1024
 
 
-def fits(d_model: int, d_expert: int, d_out: int, has_bias: bool) -> str:
-    """Why the kernel cannot compute experts of these widths, or "" where it can."""
-    if has_bias:
-        return "experts with biases are not written yet"
-    for name, size, step in (("d_model", d_model, 32), ("d_expert", d_expert, 16), ("d_out", d_out, 32)):
-        if size % step:
+class _Layer(ctypes.Structure):
+    """`LayerArguments` of the C++ file."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("token", "begin", "weight")),
+        *((name, ctypes.c_int64) for name in ("n_experts", "d", "f", "o", "chunk")),
+        *((name, ctypes.c_int64) for name in ("transposed", "interleaved", "kind", "is_float")),
+        *((name, ctypes.c_double) for name in ("alpha", "limit", "offset")),
+        *((name, ctypes.c_void_p) for name in ("x", "w_in", "w_out", "b_in", "b_out")),
+    )
+
+
+def fits(weights: ExpertWeights) -> str:
+    """Why the kernel cannot compute these experts, or "" where it can."""
+    d, f, o = weights.sizes
+    for name, size, step in (("d_model", d, 32), ("d_expert", f, 16), ("d_out", o, 32)):
+        if size % step or size == 0:
             return f"{name} must be a multiple of {step}; got {size}"
     return ""
 
@@ -41,8 +56,8 @@ def fits(d_model: int, d_expert: int, d_out: int, has_bias: bool) -> str:
 def _usable(device: torch.device, dtype: torch.dtype) -> Usable:
     if device.type != "cpu":
         return False, "for CPUs"
-    if dtype != torch.bfloat16:
-        return False, f"needs bfloat16, got {dtype}"
+    if dtype not in DTYPES:
+        return False, f"needs bfloat16 or float32, got {dtype}"
     if os.environ.get(SWITCH, "1") == "0":
         return False, f"switched off by {SWITCH}=0"
     if not has_bf16_products():
@@ -63,10 +78,10 @@ def _usable(device: torch.device, dtype: torch.dtype) -> Usable:
 def _library() -> ctypes.CDLL:
     library = load(SOURCE)
     size, pointer = ctypes.c_int64, ctypes.c_void_p
-    rows: list[Any] = [size, pointer, pointer, size, size, size, size]
-    library.moekit_forward.argtypes = [*rows, *[pointer] * 6]
-    library.moekit_backward.argtypes = [*rows, *[pointer] * 9, size, pointer]
-    library.moekit_sum_rows.argtypes = [pointer, size, size, size, pointer, pointer]
+    layer = ctypes.POINTER(_Layer)
+    library.moekit_forward.argtypes = [layer, pointer, pointer]
+    library.moekit_backward.argtypes = [layer, pointer, pointer, pointer, ctypes.POINTER(pointer * 4), size, pointer]
+    library.moekit_sum_rows.argtypes = [pointer, size, size, size, size, pointer, pointer]
     for function in (library.moekit_forward, library.moekit_backward, library.moekit_sum_rows):
         function.restype = None
     return library
@@ -78,15 +93,26 @@ def expert_layer_cpu(
     token_index: Tensor,
     row_weight: Tensor,
     tokens_per_expert: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    activation: str,
+    weights: ExpertWeights,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """The weighted sum of each token's experts, `[T, O]` bfloat16; zeros for a token without a row."""
+    """The weighted sum of each token's experts, `[T, O]` in `dtype`; zeros for a token without a row."""
     result: Tensor = _ExpertLayer.apply(
-        tokens, row_weight, w_in, w_out, token_index, tokens_per_expert, activation
-    )
+        tokens, row_weight, weights.w_in, weights.w_out, weights.b_in, weights.b_out,
+        token_index, tokens_per_expert, weights, dtype,
+    )  # fmt: skip
     return result
+
+
+@dataclass(frozen=True)
+class _Form:
+    """`ExpertWeights` without its tensors, which autograd keeps."""
+
+    n_experts: int
+    sizes: tuple[int, int, int]
+    activation: Activation
+    transposed: bool
+    interleaved: bool
 
 
 class _ExpertLayer(torch.autograd.Function):
@@ -97,54 +123,76 @@ class _ExpertLayer(torch.autograd.Function):
         row_weight: Tensor,
         w_in: Tensor,
         w_out: Tensor,
+        b_in: Tensor | None,
+        b_out: Tensor | None,
         token_index: Tensor,
         tokens_per_expert: Tensor,
-        activation: str,
+        weights: ExpertWeights,
+        dtype: torch.dtype,
     ) -> Tensor:
-        x, up, down = (part.to(torch.bfloat16).contiguous() for part in (tokens, w_in, w_out))
-        weight, token = row_weight.float().contiguous(), token_index.contiguous()
+        given = (tokens, w_in, w_out, b_in, b_out)
+        parts = [None if part is None else part.to(dtype).contiguous() for part in given]
         begin = torch.zeros(len(tokens_per_expert) + 1, dtype=torch.int64)
         torch.cumsum(tokens_per_expert, 0, out=begin[1:])
-        n_experts, inner, d = up.shape
-        o, f = down.shape[1:]
+        saved = [token_index.contiguous(), begin, row_weight.float().contiguous(), *parts]
+        form = _Form(weights.n_experts, weights.sizes, weights.activation, weights.transposed, weights.interleaved)
+        layer = _layer(saved, form, dtype)
         hidden = None
         if any(ctx.needs_input_grad):
             n_stored = int((tokens_per_expert + 15).div(16, rounding_mode="floor").sum()) * 16
-            hidden = torch.empty(n_stored, inner, dtype=torch.bfloat16)
-        rows = torch.empty(len(token), o, dtype=torch.bfloat16)
-        ctx.activation, ctx.sizes = ACTIVATIONS[activation], (n_experts, d, f, o)
-        _library().moekit_forward(
-            ctx.activation, _at(token), _at(begin), *ctx.sizes,
-            _at(x), _at(up), _at(down), _at(weight), _at(rows), _at(hidden),
-        )  # fmt: skip
-        ctx.save_for_backward(x, up, down, weight, token, begin, hidden)
-        ctx.types = (tokens.dtype, row_weight.dtype, w_in.dtype, w_out.dtype)
-        return _sum_rows(rows, token, len(x))
+            hidden = torch.empty(n_stored, w_in.shape[2 if weights.transposed else 1], dtype=dtype)
+        rows = torch.empty(len(token_index), layer.o, dtype=dtype)
+        _library().moekit_forward(layer, _at(rows), _at(hidden))
+        ctx.save_for_backward(*saved, hidden)
+        ctx.form, ctx.dtype = form, dtype
+        ctx.types = [row_weight.dtype] + [None if part is None else part.dtype for part in given]
+        return _sum_rows(rows, saved[0], len(tokens))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, down, weight, token, begin, hidden = ctx.saved_tensors
-        dy = gradient.to(torch.bfloat16).contiguous()
-        wants_tokens = ctx.needs_input_grad[0]
-        dx_rows = torch.empty(len(token), x.shape[1], dtype=torch.bfloat16) if wants_tokens else None
-        kind = torch.float32 if torch.float32 in ctx.types[2:] else torch.bfloat16
-        d_up, d_down = torch.empty_like(up, dtype=kind), torch.empty_like(down, dtype=kind)
+        *saved, hidden = ctx.saved_tensors
+        token, _, weight, x, *maps = saved
+        layer = _layer(saved, ctx.form, ctx.dtype)
+        dy = gradient.to(ctx.dtype).contiguous()
+        dx_rows = torch.empty(len(token), layer.d, dtype=ctx.dtype) if ctx.needs_input_grad[0] else None
+        kind = torch.float32 if torch.float32 in ctx.types[2:] else ctx.dtype
+        d_maps = [None if part is None else torch.empty_like(part, dtype=kind) for part in maps]
         d_weight = torch.empty_like(weight)
         _library().moekit_backward(
-            ctx.activation, _at(token), _at(begin), *ctx.sizes,
-            _at(x), _at(up), _at(down), _at(weight), _at(hidden), _at(dy),
-            _at(dx_rows), _at(d_up), _at(d_down), int(kind == torch.float32), _at(d_weight),
+            layer, _at(hidden), _at(dy), _at(dx_rows), (ctypes.c_void_p * 4)(*map(_at, d_maps)),
+            int(kind == torch.float32), _at(d_weight),
         )  # fmt: skip
-        d_tokens = _sum_rows(dx_rows, token, len(x)).to(ctx.types[0]) if dx_rows is not None else None
-        return (
-            d_tokens, d_weight.to(ctx.types[1]), d_up.to(ctx.types[2]), d_down.to(ctx.types[3]), None, None, None,
-        )  # fmt: skip
+        d_tokens = None if dx_rows is None else _sum_rows(dx_rows, token, len(x))
+        results = [
+            None if part is None else part.to(dtype)
+            for part, dtype in zip((d_weight, d_tokens, *d_maps), ctx.types, strict=True)
+        ]
+        return (results[1], results[0], *results[2:], None, None, None, None)
+
+
+def _layer(saved: Sequence[Tensor | None], form: _Form, dtype: torch.dtype) -> _Layer:
+    """What the library is told; `saved` must live as long as it is used."""
+    d, f, o = form.sizes
+    how = form.activation
+    token, begin, weight, *maps = map(_at, saved)
+    return _Layer(
+        token, begin, weight, form.n_experts, d, f, o, _chunk(d, f, dtype),
+        form.transposed, form.interleaved, KINDS[how.kind], dtype == torch.float32,
+        how.alpha, how.limit, how.offset, *maps,
+    )  # fmt: skip
+
+
+def _chunk(d: int, f: int, dtype: torch.dtype) -> int:
+    """Rows that are computed together: a multiple of 64 whose tokens and hidden state fit half of a usual L2 cache."""
+    fitting = CHUNK_BYTES // ((d + f) * dtype.itemsize)
+    return min(max(fitting // 64 * 64, 64), 256)
 
 
 def _sum_rows(rows: Tensor, token: Tensor, n_tokens: int) -> Tensor:
-    result = torch.empty(n_tokens, rows.shape[1], dtype=torch.bfloat16)
-    _library().moekit_sum_rows(_at(token), len(token), n_tokens, rows.shape[1], _at(rows), _at(result))
+    result = torch.empty(n_tokens, rows.shape[1], dtype=rows.dtype)
+    is_float = int(rows.dtype == torch.float32)
+    _library().moekit_sum_rows(_at(token), len(token), n_tokens, rows.shape[1], is_float, _at(rows), _at(result))
     return result
 
 
