@@ -44,6 +44,64 @@ inline void store_inner(float* block, int64_t row, int64_t n, int64_t c, __m512 
   _mm512_storeu_ps(block + (row + 1) * n + c, b);
 }
 
+// ---------------------------------------------------------------- products
+
+inline __m512 step_of(__m512 sum, const BFloat16* a, __m512 b) {
+  int32_t pair;
+  std::memcpy(&pair, a, 4);
+  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+}
+inline __m512 step_of(__m512 sum, const float* a, __m512 b) { return _mm512_fmadd_ps(_mm512_set1_ps(*a), b, sum); }
+
+inline void fetch_line(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// to [m][16 C] (rows `ldc` apart) = left [m][k] (rows `lda` apart) x right; R rows at a time stay in registers. While they
+// are computed, the R rows behind them are fetched: a weight is read once per chunk, so it comes from memory.
+template <int R, int C, class V>
+void columns_of(int64_t m, int64_t k, int64_t lda, const V* left, const char* right, int64_t ldb, float* to, int64_t ldc, bool fetch) {
+  constexpr int64_t kStep = kPairs<V> ? 2 : 1, kLine = 64 / sizeof(V);
+  for (int64_t i = 0; i < m; i += R, left += R * lda, to += R * ldc) {
+    const char* b = right;
+    __m512 sum[R][C];
+    for (int r = 0; r < R; r++) {
+      for (int c = 0; c < C; c++) sum[r][c] = _mm512_setzero_ps();
+    }
+    const auto steps = [&](int64_t from, int64_t end) __attribute__((always_inline)) {
+      for (int64_t j = from; j < end; j += kStep, b += ldb) {
+        __m512 columns[C];
+        for (int c = 0; c < C; c++) columns[c] = _mm512_loadu_ps(b + c * 64);
+        for (int r = 0; r < R; r++) {
+          for (int c = 0; c < C; c++) sum[r][c] = step_of(sum[r][c], left + r * lda + j, columns[c]);
+        }
+      }
+    };
+    int64_t j = 0;
+    for (; j + kLine <= k; j += kLine) {
+      if (fetch) {
+        for (int r = 0; r < R; r++) fetch_line(left + (R + r) * lda + j);
+      }
+      steps(j, j + kLine);
+    }
+    steps(j, k);
+    for (int r = 0; r < R; r++) {
+      for (int c = 0; c < C; c++) _mm512_storeu_ps(to + r * ldc + c * 16, sum[r][c]);
+    }
+  }
+}
+
+// to [m][n] = left [m][k] x right [k][n] (bf16: in pairs, `ldb` columns apart). n is 16, 32, 48 or 64, m a multiple of 16.
+template <class V>
+void product(bool amx, int64_t m, int64_t n, int64_t k, int64_t lda, const V* left, const V* right, int64_t ldb, float* to, bool fetch) {
+  if (amx && kPairs<V>) return brgemm(m, n, k, lda, ldb, n, false, left, right, to, true);
+  const char* b = reinterpret_cast<const char*>(right);
+  switch (n) {
+    case 64: return columns_of<4, 4>(m, k, lda, left, b, 4 * ldb, to, n, fetch);
+    case 48: return columns_of<8, 3>(m, k, lda, left, b, 4 * ldb, to, n, fetch);
+    case 32: return columns_of<8, 2>(m, k, lda, left, b, 4 * ldb, to, n, fetch);
+    default: return columns_of<16, 1>(m, k, lda, left, b, 4 * ldb, to, n, fetch);
+  }
+}
+
 // ---------------------------------------------------------------- packing
 
 // Gathered rows, transposed: [width][n], for bf16 in pairs along the width; zeros beyond the last row.
@@ -263,7 +321,7 @@ struct Layer {
   const int64_t *token, *begin;
   const float* weight;
   int64_t n_experts, d, f, o, chunk;
-  bool transposed, interleaved;
+  bool transposed, interleaved, amx;
   Activation how;
   const V *x, *w_in, *w_out, *b_in, *b_out;
   int64_t gates;  // G
@@ -349,8 +407,8 @@ void forward(const Layer<V>& l, V* rows, V* hidden) {
         }
         for (int64_t b = 0; b < n_all; b += kRows) {
           const int64_t n = std::min(kRows, n_all - b);
-          brgemm(m, n, l.d, lda, n, n, false, gate_rows, packed + b * l.d, g, kPairs<V>);
-          if (up_rows) brgemm(m, n, l.d, lda, n, n, false, up_rows, packed + b * l.d, u, kPairs<V>);
+          product(l.amx, m, n, l.d, lda, gate_rows, packed + b * l.d, n, g, b == 0 && !l.transposed);
+          if (up_rows) product(l.amx, m, n, l.d, lda, up_rows, packed + b * l.d, n, u, b == 0 && !l.transposed);
           tile_of(l.how, {m, n, g, u, bias ? bias + l.place(0, f) : nullptr, bias ? bias + l.place(1, f) : nullptr, l.step(),
                           kept ? kept + f * kept_rows + b : nullptr, kept ? kept + (l.f + f) * kept_rows + b : nullptr, kept_rows,
                           scale + b, inner + b * l.f, f});
@@ -362,7 +420,7 @@ void forward(const Layer<V>& l, V* rows, V* hidden) {
         const V* left = l.rows(l.w_out + p.expert * l.o * l.f, l.o, l.f, !l.transposed, o, m, strip);
         for (int64_t b = 0; b < n_all; b += kRows) {
           const int64_t n = std::min(kRows, n_all - b);
-          brgemm(m, n, l.f, l.f, n, n, false, left, inner + b * l.f, g, kPairs<V>);
+          product(l.amx, m, n, l.f, l.f, left, inner + b * l.f, n, g, b == 0 && !l.transposed);
           store_transposed(g, m, n, p.n_rows - b, rows + (first + b) * l.o + o, l.o, out_bias ? out_bias + o : nullptr, scale + b);
         }
       }
@@ -412,7 +470,7 @@ class BackwardRows {
       const V* left = l.rows(l.w_out + p.expert * l.o * l.f, l.f, l.o, l.transposed, f, m, strip_);
       for (int64_t b = 0; b < n_all; b += kRows) {
         const int64_t n = std::min(kRows, n_all - b);
-        brgemm(m, n, l.o, l.o, n, n, false, left, dy_t_ + b * l.o, tile_, kPairs<V>);
+        product(l.amx, m, n, l.o, l.o, left, dy_t_ + b * l.o, n, tile_, b == 0 && l.transposed);
         tile_of_(l.how, {m, n, tile_, hidden + f * n_all + b, hidden + (l.f + f) * n_all + b, n_all, scale_ + b, d_scale_ + b,
                          act + f * n_all + b, dh + l.place(0, f) * n_all + b, dh + l.place(1, f) * n_all + b, l.step() * n_all,
                          inner_ + b * l.gf(), l.place(0, f), l.place(1, f)});
@@ -426,7 +484,7 @@ class BackwardRows {
       for (int64_t b = 0; b < n_all; b += kRows) {
         const int64_t n = std::min(kRows, n_all - b);
         const V* right = kPairs<V> ? inner_ + b * l.gf() : dh + b;
-        brgemm(m, n, l.gf(), l.gf(), kPairs<V> ? n : n_all, n, false, left, right, tile_, kPairs<V>);
+        product(l.amx, m, n, l.gf(), l.gf(), left, right, kPairs<V> ? n : n_all, tile_, b == 0 && l.transposed);
         store_transposed<V>(tile_, m, n, p.n_rows - b, dx_rows + (first + b) * l.d + d, l.d, nullptr, nullptr);
       }
     }
@@ -624,7 +682,7 @@ extern "C" {
 struct LayerArguments {
   const int64_t *token, *begin;
   const float* weight;
-  int64_t n_experts, d, f, o, chunk, transposed, interleaved, kind, is_float;
+  int64_t n_experts, d, f, o, chunk, transposed, interleaved, amx, kind, is_float;
   double alpha, limit, offset;
   const void *x, *w_in, *w_out, *b_in, *b_out;
 };
@@ -635,7 +693,7 @@ namespace {
 template <class V>
 Layer<V> layer_of(const LayerArguments& a) {
   const auto as = [](const void* p) { return static_cast<const V*>(p); };
-  Layer<V> l{a.token, a.begin, a.weight, a.n_experts, a.d, a.f, a.o, a.chunk, a.transposed != 0, a.interleaved != 0,
+  Layer<V> l{a.token, a.begin, a.weight, a.n_experts, a.d, a.f, a.o, a.chunk, a.transposed != 0, a.interleaved != 0, a.amx != 0,
              {a.kind, static_cast<float>(a.alpha), static_cast<float>(a.limit), static_cast<float>(a.offset)},
              as(a.x), as(a.w_in), as(a.w_out), as(a.b_in), as(a.b_out), a.kind < kGlu ? 2 : 1, {}};
   l.stored.assign(a.n_experts + 1, 0);

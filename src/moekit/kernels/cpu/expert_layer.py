@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moekit.kernels.cpu import has_bf16_products
+from moekit.kernels.cpu import has_amx, has_bf16_products
 from moekit.kernels.cpu.build import BuildError, cannot_build, load
 from moekit.kernels.expert_weights import KINDS, Activation, ExpertWeights
 from moekit.kernels.registry import Usable, register
@@ -38,7 +38,7 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("token", "begin", "weight")),
         *((name, ctypes.c_int64) for name in ("n_experts", "d", "f", "o", "chunk")),
-        *((name, ctypes.c_int64) for name in ("transposed", "interleaved", "kind", "is_float")),
+        *((name, ctypes.c_int64) for name in ("transposed", "interleaved", "amx", "kind", "is_float")),
         *((name, ctypes.c_double) for name in ("alpha", "limit", "offset")),
         *((name, ctypes.c_void_p) for name in ("x", "w_in", "w_out", "b_in", "b_out")),
     )
@@ -178,7 +178,7 @@ def _layer(saved: Sequence[Tensor | None], form: _Form, dtype: torch.dtype) -> _
     token, begin, weight, *maps = map(_at, saved)
     return _Layer(
         token, begin, weight, form.n_experts, d, f, o, _chunk(d, f, dtype),
-        form.transposed, form.interleaved, KINDS[how.kind], dtype == torch.float32,
+        form.transposed, form.interleaved, has_amx(), KINDS[how.kind], dtype == torch.float32,
         how.alpha, how.limit, how.offset, *maps,
     )  # fmt: skip
 
