@@ -15,6 +15,7 @@
 // What is kept for the backward pass lies per chunk as [G*F][rows of the chunk], gates first.
 
 #include <ATen/native/CPUBlas.h>
+#include <sys/mman.h>
 
 #include "common.h"
 
@@ -310,6 +311,15 @@ void backward_tile(const Activation& how, const BackTile<V>& t) {
 
 // ---------------------------------------------------------------- the layer
 
+// Asks for large pages where a result is so large that it comes fresh from the system: each page of 4 KB costs a trap.
+void expect(void* from, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr int64_t kHuge = 2 << 20;
+  const auto first = padded(reinterpret_cast<int64_t>(from), kHuge), end = (reinterpret_cast<int64_t>(from) + bytes) / kHuge * kHuge;
+  if (from && bytes >= 8 * kHuge) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Scratch memory of a thread that also gives the matrix unit back.
 struct Workspace : Scratch {
   using Scratch::Scratch;
@@ -348,12 +358,18 @@ struct Piece {
   int64_t expert, row, n_rows;  // `row` counts from the expert's first one
 };
 
+// All rows in pieces of about `target` ones: chunks, or even parts of them, the largest first.
 template <class V>
-std::vector<Piece> pieces(const Layer<V>& l, int64_t most) {
+std::vector<Piece> pieces(const Layer<V>& l, int64_t target) {
   std::vector<Piece> all;
   for (int64_t e = 0; e < l.n_experts; e++) {
-    for (int64_t r = 0; r < l.rows_of(e); r += most) all.push_back({e, r, std::min(most, l.rows_of(e) - r)});
+    for (int64_t start = 0; start < l.rows_of(e); start += l.chunk) {
+      const int64_t n = std::min(l.chunk, l.rows_of(e) - start), parts = std::max<int64_t>(1, (n + target / 2) / target);
+      const int64_t size = padded((n + parts - 1) / parts, 16);
+      for (int64_t r = 0; r < n; r += size) all.push_back({e, start + r, std::min(size, n - r)});
+    }
   }
+  std::stable_sort(all.begin(), all.end(), [](const Piece& a, const Piece& b) { return a.n_rows > b.n_rows; });
   return all;
 }
 
@@ -367,11 +383,13 @@ std::tuple<int64_t, int64_t, int64_t> chunk_of(const Layer<V>& l, const Piece& p
 template <class V>
 void forward(const Layer<V>& l, V* rows, V* hidden) {
   using S = Scratch;
+  expect(rows, l.begin[l.n_experts] * l.o * sizeof(V));
+  expect(hidden, l.stored[l.n_experts] * l.gf() * sizeof(V));
   void (*tile_of)(const Activation&, const Tile<V>&) = nullptr;
   with_kind(l.how.kind, [&](auto kind) { tile_of = forward_tile<kind(), V>; });
   // whole chunks where there are enough for all threads
-  const int64_t total = l.begin[l.n_experts], n_threads = at::get_num_threads();
-  const auto work = pieces(l, total >= 4 * n_threads * l.chunk ? l.chunk : std::min(l.chunk, total >= 8 * n_threads * kRows ? 2 * kRows : kRows));
+  const int64_t share = l.begin[l.n_experts] / (8 * at::get_num_threads());
+  const auto work = pieces(l, std::clamp(share, kRows, l.chunk));
   share_out(work.size(), [&] {
     const int64_t longest = std::max(l.d, l.f);
     auto scratch = std::make_shared<Workspace>(S::bytes<V>(l.chunk * l.d) + S::bytes<V>(l.chunk * l.f) + S::bytes<V>(2 * kTile * longest) +
@@ -594,6 +612,9 @@ void backward(const Layer<V>& l, const V* hidden, const V* dy, V* dx_rows, const
   using S = Scratch;
   using Weights = BackwardWeights<V, Gradient>;
   const int64_t n_threads = at::get_num_threads(), total = l.stored[l.n_experts], gf = l.gf();
+  expect(dx_rows, l.begin[l.n_experts] * l.d * sizeof(V));
+  expect(to.w_in, l.n_experts * gf * l.d * sizeof(Gradient));
+  expect(to.w_out, l.n_experts * l.o * l.f * sizeof(Gradient));
   // the largest first, so that nobody waits long for the last
   std::vector<int64_t> order(l.n_experts);
   for (int64_t e = 0; e < l.n_experts; e++) order[e] = e;
