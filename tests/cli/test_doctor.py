@@ -39,7 +39,8 @@ def test_one_kernel_is_picked_for_each_case():
     for case, rows in diagnose()["kernels"].items():
         usable = [row["name"] for row in rows if row["usable"]]
         assert [row["name"] for row in rows if row["picked"]] == usable[:1]
-        assert usable or case.startswith("expert_layer")  # without it the smaller operations run
+        # without a kernel the smaller operations run, or plain PyTorch; the experts' own products always have one
+        assert usable or not case.startswith("expert_mlp")
         assert all(row["reason"] for row in rows)
 
 

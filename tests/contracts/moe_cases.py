@@ -112,6 +112,9 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "relu-bias": {"activation": "relu", "bias": True},
     "sigmoid": {"activation": "sigmoid"},
     "sigmoid-bias": {"activation": "sigmoid", "bias": True},
+    "geglu": {"activation": "geglu"},
+    "silu": {"activation": "silu"},
+    "relu-squared": {"activation": "relu_squared"},
     "modules": {"experts": different_modules},
     "null": {"null_experts": NULLS},
     "null-modules": {"experts": different_modules, "null_experts": NULLS},
@@ -187,7 +190,7 @@ def naive_layer(layer: MoE, tokens: Tensor, plan: RoutingPlan) -> Tensor:
         hidden = x @ mlp.w_in.weight.double().t() + (
             mlp.w_in.bias.double() if mlp.w_in.bias is not None else 0
         )
-        shared = _activate(hidden, mlp.activation) @ mlp.w_out.weight.double().t()
+        shared = _activate(hidden, mlp.activation.kind) @ mlp.w_out.weight.double().t()
         shared = shared + (mlp.w_out.bias.double() if mlp.w_out.bias is not None else 0)
         if layer.shared.gate is not None:
             shared = shared / (1 + torch.exp(-(x @ layer.shared.gate.weight.double().t())))
@@ -247,7 +250,7 @@ def _naive_expert(layer: MoE, index: int, x: Tensor) -> Tensor:
         hidden = experts.w_in[index].double() @ x
         if experts.b_in is not None:
             hidden = hidden + experts.b_in[index].double()
-        answer = experts.w_out[index].double() @ _activate(hidden, experts.activation)
+        answer = experts.w_out[index].double() @ _activate(hidden, experts.activation.kind)
         return answer if experts.b_out is None else answer + experts.b_out[index].double()
     kinds = ["constant"] * NULLS["constant"] + ["copy"] * NULLS["copy_input"] + ["zero"] * NULLS["zero"]
     kind = kinds[index - n_real]
@@ -265,8 +268,12 @@ def _activate(hidden: Tensor, activation: str) -> Tensor:
         return torch.where(hidden > 0, hidden, 0.0)
     if activation == "sigmoid":
         return 1 / (1 + torch.exp(-hidden))
+    if activation == "relu_squared":
+        return torch.where(hidden > 0, hidden * hidden, 0.0)
+    if activation == "silu":
+        return hidden / (1 + torch.exp(-hidden))
     if activation == "gelu":
         return hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
     half = hidden.shape[-1] // 2
     gate, up = hidden[..., :half], hidden[..., half:]
-    return gate / (1 + torch.exp(-gate)) * up
+    return _activate(gate, "gelu" if activation == "geglu" else "silu") * up

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import moekit
 from moekit.config.errors import ConfigError
-from moekit.kernels.cpu.expert_layer import CHUNK_BYTES, SWITCH, _chunk, expert_layer_cpu, fits
+from moekit.kernels.cpu.expert_layer import CHUNK_BYTES, _chunk, expert_layer_cpu, fits
+from moekit.kernels.cpu.library import SWITCH
 from moekit.kernels.expert_mlp import expert_mlp_reference
 from moekit.kernels.expert_weights import KINDS, Activation, ExpertWeights
 from moekit.kernels.registry import available, find
@@ -64,7 +65,9 @@ def activation_of(kind: str, dtype: torch.dtype) -> Activation:
 class Problem:
     """Leaves with values that bfloat16 holds (tokens, row weights, two maps, two biases or None), and the plan."""
 
-    def __init__(self, counts, sizes, kind="swiglu", types=TYPES["bfloat16"], bias=False, layout=(False, False)):
+    def __init__(
+        self, counts, sizes, kind="swiglu", types=TYPES["bfloat16"], bias=False, layout=(False, False)
+    ):
         (d, f, o), e = sizes, len(counts)
         dtype, self.computed_in = types
         self.activation, (self.transposed, self.interleaved) = activation_of(kind, self.computed_in), layout
@@ -85,7 +88,9 @@ class Problem:
 
     def ours(self, leaves: list[Tensor]) -> Tensor:
         weights = self.weights(leaves)
-        return expert_layer_cpu(leaves[0], self.token_index, leaves[1], self.counts, weights, self.computed_in)
+        return expert_layer_cpu(
+            leaves[0], self.token_index, leaves[1], self.counts, weights, self.computed_in
+        )
 
     def reference(self, leaves: list[Tensor]) -> Tensor:
         answers = expert_mlp_reference(leaves[0][self.token_index], self.counts, self.weights(leaves))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 from torch import Tensor
 
-from moekit.config.moe import Activation
-from moekit.kernels.expert_mlp import CPU_BLOCK, activate, expert_mlp_reference
+from moekit.config.errors import ConfigError
+from moekit.kernels.expert_mlp import CPU_BLOCK, expert_mlp_reference
+from moekit.kernels.expert_weights import KINDS, Activation, ExpertWeights
 from moekit.kernels.registry import available, pick
 
-ACTIVATIONS = get_args(Activation)
+ACTIVATIONS = tuple(KINDS)
 # rows of each expert: odd numbers, empty experts at every end, all at one, one row, none, more than a block
 COUNTS = {
     "odd": [3, 7, 1, 5],
@@ -27,12 +26,16 @@ COUNTS = {
 SIZES = {"eights": (16, 24, 16), "other output": (8, 16, 32), "odd": (7, 5, 3)}
 
 
+def activation_of(kind: str) -> Activation:
+    return Activation(kind, 1.7, 0.9, 1.0) if kind == "clamped_swiglu" else Activation(kind)
+
+
 def problem(
     counts: list[int], sizes: tuple[int, int, int], activation: str, bias: bool, dtype: torch.dtype
 ) -> tuple[list[Tensor | None], Tensor]:
     """Leaf tensors (rows, w_in, w_out, b_in, b_out), and the direction in which to differentiate."""
     d, f, o = sizes
-    inner = 2 * f if activation == "swiglu" else f
+    inner = 2 * f if Activation(activation).gated else f
     shapes = [(sum(counts), d), (len(counts), inner, d), (len(counts), o, f)]
     shapes += [(len(counts), inner), (len(counts), o)] if bias else []
     leaves: list[Tensor | None] = [
@@ -46,7 +49,8 @@ def outputs_and_gradients(
     kernel, leaves: list[Tensor | None], counts: list[int], activation: str, direction: Tensor
 ):
     rows, w_in, w_out, b_in, b_out = leaves
-    out = kernel(rows, torch.tensor(counts), w_in, w_out, b_in, b_out, activation)
+    weights = ExpertWeights(w_in, w_out, b_in, b_out, activation_of(activation))
+    out = kernel(rows, torch.tensor(counts), weights)
     given = [leaf for leaf in leaves if leaf is not None]
     return out, torch.autograd.grad((out.float() * direction).sum(), given)
 
@@ -74,7 +78,34 @@ def test_fast_paths_equal_the_reference(
             assert ours.shape == theirs.shape
             assert ours.isfinite().all()
             # bfloat16 keeps 8 bits: compare with the size of the whole; some inputs round over relu's kink
-            assert (ours.float() - theirs).norm() <= (0.06 if activation == "relu" else 0.02) * theirs.norm()
+            assert (ours.float() - theirs).norm() <= (
+                0.06 if activation in ("relu", "clamped_swiglu") else 0.02
+            ) * theirs.norm()
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def clamped(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = torch.where(gate > 0.9, 0.9, gate), torch.where(up.abs() > 0.9, 0.9 * up.sign(), up)
+    return gate / (1 + (-1.7 * gate).exp()) * (up + 1)
+
+
+def by_definition(hidden: Tensor, activation: str) -> Tensor:
+    gate, up = hidden[:5], hidden[5:]
+    return {
+        "swiglu": lambda: gate * gate.sigmoid() * up,
+        "geglu": lambda: gate * torch.special.ndtr(gate) * up,
+        "geglu_tanh": lambda: gelu_tanh(gate) * up,
+        "clamped_swiglu": lambda: clamped(gate, up),
+        "gelu": lambda: hidden * torch.special.ndtr(hidden),
+        "gelu_tanh": lambda: gelu_tanh(hidden),
+        "relu": lambda: hidden.clamp(min=0),
+        "relu_squared": lambda: hidden.clamp(min=0) ** 2,
+        "silu": lambda: hidden / (1 + (-hidden).exp()),
+        "sigmoid": lambda: 1 / (1 + (-hidden).exp()),
+    }[activation]()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -87,12 +118,7 @@ def test_reference_equals_one_row_at_a_time(activation: str, counts: list[int], 
     answers = []
     for row, e in zip(rows, expert_of_row, strict=True):
         hidden = (w_in[e] * row).sum(dim=1) + (b_in[e] if bias else 0)
-        hidden = {
-            "swiglu": lambda h: h[:5] * h[:5].sigmoid() * h[5:],
-            "gelu": lambda h: h * torch.special.ndtr(h),
-            "relu": lambda h: h.clamp(min=0),
-            "sigmoid": lambda h: 1 / (1 + (-h).exp()),
-        }[activation](hidden)
+        hidden = by_definition(hidden, activation)
         answers.append(((w_out[e] * hidden).sum(dim=1) + (b_out[e] if bias else 0))[None])
     expected = torch.cat(answers)
     given = [leaf for leaf in leaves if leaf is not None]
@@ -108,8 +134,21 @@ def test_reference_equals_one_row_at_a_time(activation: str, counts: list[int], 
 
 def test_activations_by_hand() -> None:
     x = torch.tensor([-1.0, 0.0, 2.0, 3.0])
-    assert activate(x, "relu").tolist() == [0.0, 0.0, 2.0, 3.0]
-    assert activate(x, "sigmoid")[1].item() == 0.5
-    assert activate(x, "gelu")[2].item() == pytest.approx(2 * 0.9772499, rel=1e-6)  # 2 * Phi(2)
+    assert Activation("relu")(x).tolist() == [0.0, 0.0, 2.0, 3.0]
+    assert Activation("relu_squared")(x).tolist() == [0.0, 0.0, 4.0, 9.0]
+    assert Activation("sigmoid")(x)[1].item() == 0.5
+    assert Activation("gelu")(x)[2].item() == pytest.approx(2 * 0.9772499, rel=1e-6)  # 2 * Phi(2)
     # gate (-1, 0), up (2, 3): silu(-1) = -0.26894142
-    assert activate(x, "swiglu").tolist() == pytest.approx([2 * -0.26894142, 0.0])
+    assert Activation("swiglu")(x).tolist() == pytest.approx([2 * -0.26894142, 0.0])
+    # alternating: gate (-1, 2), up (0, 3); silu(2) = 1.7615942
+    assert Activation("swiglu")(x, interleaved=True).tolist() == pytest.approx([0.0, 3 * 1.7615942])
+    # gate (-1, 0), up (1.5, 1.5) + 0.5
+    clamped = Activation("clamped_swiglu", alpha=1.0, limit=1.5, offset=0.5)(x)
+    assert clamped.tolist() == pytest.approx([2 * -0.26894142, 0.0])
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"activation must be one of swiglu.*got 'swigul'. did you mean 'swiglu'"
+    ):
+        Activation("swigul")

@@ -7,6 +7,7 @@ import torch
 from routing_helpers import ask, choices, router_of, with_logits
 from torch import Tensor
 
+import moekit
 from moekit.config.errors import ConfigError
 from moekit.layers.routing import Router, keyword_rules
 
@@ -207,3 +208,17 @@ def test_keyword_rules_write_the_spellings() -> None:
         *[(r["expert"], r["token_ids"]) for r in keyword_rules(encode.__getitem__, {1: ["def"]})]
     )
     assert experts_of(router, [[6, 7, 1]]) == [[{0}, {1}, {1}]]
+
+
+def test_the_hash_table_holds_what_the_hash_gives() -> None:
+    router = moekit.MoE(8, n_experts=6, d_expert=4, top_k=2, router="hash").router
+    for ids in (
+        [3, 0, 3],
+        [50, 2],
+        [7],
+        [10**7, 4],
+        [-1, 4],
+    ):  # the table grows; far and negative ids go without it
+        ids = torch.tensor(ids)
+        assert router._choices(ids).equal(router._hashed(ids))
+    assert 51 <= len(router._table) < 200

@@ -134,16 +134,22 @@ def _precision(remedies: list[Remedy]) -> dict[str, str]:
     return {kind: str(resolve_dtype("auto", torch.device(kind))).replace("torch.", "") for kind in kinds}
 
 
+_PRODUCTS = (
+    "expert_layer", "expert_mlp", "rotary_attention", "linear_cross_entropy", "add_rms_norm", "swiglu",
+)  # fmt: skip
+
+
 def _kernels(remedies: list[Remedy]) -> dict[str, list[dict[str, Any]]]:
     import torch
 
     from moekit.evaluate.machine import gpus
     from moekit.kernels.registry import available
 
-    # an operation without a usable row runs as the smaller ones below it
+    # an operation without a usable row runs as the smaller ones below it, or as plain PyTorch
     table = {}
     for device in dict.fromkeys(["cpu", *(str(gpu["device"]).split(":")[0] for gpu in gpus())]):
-        for dtype, op in itertools.product((torch.bfloat16, torch.float32), ("expert_layer", "expert_mlp")):
+        kinds = [*itertools.product((torch.bfloat16, torch.float32), _PRODUCTS)]
+        for dtype, op in [*kinds, (torch.float32, "top_k"), (torch.int64, "sort_by_expert")]:
             rows = available(op, device, dtype)
             picked = next((name for name, usable, _ in rows if usable), None)
             table[f"{op} on {device}, {str(dtype).replace('torch.', '')}"] = [

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.kernels.registry import Kernel, find
+
 # bytes of probabilities that one call may keep: 16 sequences x 4 heads x 256 x 512 in bf16
 EXPLICIT_LIMIT = 64 * 2**20
 
@@ -27,6 +29,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if explicit and q.dtype == torch.bfloat16:
         return explicit_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1)
+
+
+def rotary_attention_kernel(qkv: Tensor, d_head: int) -> Kernel | None:
+    """A kernel that makes attention's answer from one projection `[B, S, (H + 2G) N]`, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    kernel = find("rotary_attention", qkv.device.type, qkv.dtype)
+    return kernel if kernel is not None and not kernel.fits(d_head) else None
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

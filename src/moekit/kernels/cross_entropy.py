@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.kernels.registry import find
+
 IGNORED = -100
 
 
@@ -43,6 +45,10 @@ def linear_cross_entropy(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    kernel = None if torch.compiler.is_compiling() else find("linear_cross_entropy", device, dtype)
+    if kernel is not None and not kernel.fits(hidden.shape[-1]):
+        fused: tuple[Tensor, Tensor] = kernel.function(hidden, weight, targets, IGNORED)
+        return fused
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(
             hidden.to(dtype), weight.to(dtype), targets, block, torch.is_grad_enabled()

@@ -6,7 +6,8 @@ Shape legend: E experts, D width in, F width of an expert, G 2 with a gate and e
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,6 @@ class ExpertWeights:
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
         """The same with every part in `dtype`; what has it already is not copied."""
-        parts = (
-            None if w is None else w.to(dtype) for w in (self.w_in, self.w_out, self.b_in, self.b_out)
-        )
-        return ExpertWeights(*parts, self.activation, self.transposed, self.interleaved)  # type: ignore[arg-type]
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("w_in", "w_out", "b_in", "b_out")}
+        cast: dict[str, Any] = {name: None if w is None else w.to(dtype) for name, w in parts.items()}
+        return replace(self, **cast)

@@ -62,8 +62,13 @@ def register(
 
 
 def _load(op: str) -> list[Kernel]:
+    # they register themselves
+    import moekit.kernels.cpu.attention
+    import moekit.kernels.cpu.cross_entropy
+    import moekit.kernels.cpu.elementwise
     import moekit.kernels.cpu.expert_layer
-    import moekit.kernels.expert_mlp  # noqa: F401  (they register themselves)
+    import moekit.kernels.cpu.routing
+    import moekit.kernels.expert_mlp  # noqa: F401
 
     if op not in _KERNELS:
         raise ConfigError(f"kernel operation {op!r} is unknown: {nearest(op, _KERNELS)}")

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.kernels.registry import find
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The truth: x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
@@ -26,6 +28,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.device.type == "cpu" and x.dtype == torch.float32:
         return _RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+
+def add_rms_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, for_products: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The residual sum x + delta (x where delta is None) in the type of `x`, and its norm.
+
+    The norm has the type of `x` or, with `for_products` under autocast, the one that products run in: the cast that
+    they would begin with comes with the same pass over memory.
+    """
+    device = x.device.type
+    products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    wanted = products if for_products else x.dtype
+    kernel = None if torch.compiler.is_compiling() else find("add_rms_norm", device, products)
+    if kernel is not None and x.dtype == torch.float32 and not kernel.fits(x.shape[-1]):
+        fused: tuple[Tensor, Tensor] = kernel.function(x, delta, weight, eps, wanted)
+        return fused
+    total = x if delta is None else (x + delta).to(x.dtype)
+    return total, rms_norm(total, weight, eps).to(wanted)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -6,12 +6,14 @@ width.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moekit.kernels.attention import attention
+from moekit.kernels.attention import attention, rotary_attention_kernel
 from moekit.layers.norm import RMSNorm
 
 
@@ -91,7 +93,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None = None,
+        mask: Tensor | AttentionMask | None = None,
         cache: KeyValueCache | None = None,
         layer: int = 0,
     ) -> Tensor:
@@ -100,12 +102,17 @@ class Attention(nn.Module):
         Args:
             x: `[B, S, D]`.
             rotary: cosines and sines `[S, N]`.
-            mask: `[B, 1, S, L]` bool, True where attention is allowed; None for plain causal attention.
+            mask: an `AttentionMask`, or `[B, 1, S, L]` bool, True where attention is allowed; None for plain
+                causal attention.
             cache: held keys and values, to which the new ones are appended.
             layer: number of the layer in the cache.
         """
         widths = [self.n_heads * self.d_head, self.n_kv_heads * self.d_head, self.n_kv_heads * self.d_head]
-        q, k, v = self.qkv(x).split(widths, dim=-1)
+        qkv = self.qkv(x)
+        fused = self._fused(qkv, rotary, mask) if cache is None and self.qk_norm == "none" else None
+        if fused is not None:
+            return self.out(fused)
+        q, k, v = qkv.split(widths, dim=-1)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, self.d_head)).transpose(1, 2) for part in (q, k, v))
@@ -117,8 +124,45 @@ class Attention(nn.Module):
             k, v = cache.update(layer, k, v)
         if self.n_kv_heads != self.n_heads:
             k, v = (part.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for part in (k, v))
-        mixed = attention(q, k.to(q.dtype), v.to(q.dtype), mask)
+        allowed = mask.dense if isinstance(mask, AttentionMask) else mask
+        mixed = attention(q, k.to(q.dtype), v.to(q.dtype), allowed)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _fused(
+        self, qkv: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | AttentionMask | None
+    ) -> Tensor | None:
+        """Rotation and attention in one kernel, `[B, S, H N]`; None where there is none for this."""
+        kernel = rotary_attention_kernel(qkv, self.d_head)
+        if kernel is None or isinstance(mask, Tensor) or (mask is not None and not mask.by_document):
+            return None
+        segment_ids = None if mask is None else mask.segment_ids
+        mixed: Tensor = kernel.function(qkv, *rotary, self.n_heads, self.n_kv_heads, segment_ids)
+        return mixed
+
+
+@dataclass
+class AttentionMask:
+    """What `attention_mask` is made from, and the mask itself once a layer asks for it.
+
+    A kernel that reads documents never needs the `[B, 1, S, L]` numbers. Arguments as in `attention_mask`.
+    """
+
+    batch: int
+    new: int
+    held: int
+    device: torch.device
+    segment_ids: Tensor | None = None
+    token_mask: Tensor | None = None
+
+    @property
+    def by_document(self) -> bool:
+        """Whether the rule is just this: each token sees itself and the earlier ones of its document."""
+        return self.held == 0 and self.token_mask is None
+
+    @functools.cached_property
+    def dense(self) -> Tensor | None:
+        """`[B, 1, S, L]` bool, or None where causal says all."""
+        return attention_mask(self.batch, self.new, self.held, self.device, self.segment_ids, self.token_mask)
 
 
 def attention_mask(

@@ -12,6 +12,7 @@ from moekit.config.errors import ConfigError, require
 from moekit.config.moe import NullExpertsConfig
 from moekit.kernels.expert_weights import Activation, ExpertWeights
 from moekit.kernels.registry import find, pick
+from moekit.kernels.swiglu import swiglu
 
 
 class StackedMLP(nn.Module):
@@ -81,7 +82,9 @@ class StackedMLP(nn.Module):
         return mixed
 
     def extra_repr(self) -> str:
-        return f"w_in={list(self.w_in.shape)}, w_out={list(self.w_out.shape)}, activation={self.activation.kind}"
+        return (
+            f"w_in={list(self.w_in.shape)}, w_out={list(self.w_out.shape)}, activation={self.activation.kind}"
+        )
 
 
 class ModuleExperts(nn.ModuleList):
@@ -188,7 +191,8 @@ class MLP(nn.Module):
         self.w_out = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.w_out(self.activation(self.w_in(tokens)))
+        hidden = self.w_in(tokens)
+        return self.w_out(swiglu(hidden) if self.activation.kind == "swiglu" else self.activation(hidden))
 
 
 def module_experts(modules: Sequence[nn.Module], n_experts: int, d_out: int | None = None) -> ModuleExperts:

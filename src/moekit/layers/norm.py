@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moekit.kernels.rms_norm import rms_norm
+from moekit.kernels.rms_norm import add_rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -16,8 +16,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, for_products: bool = False) -> Tensor:
+        """The norm; with `for_products` under autocast in the type that matrix products run in."""
+        return add_rms_norm(x, None, self.weight, self.eps, for_products)[1]
+
+    def add(self, x: Tensor, delta: Tensor, for_products: bool = False) -> tuple[Tensor, Tensor]:
+        """The residual sum x + delta in the type of `x`, and its norm."""
+        return add_rms_norm(x, delta, self.weight, self.eps, for_products)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from moekit.kernels.routing import sort_by_expert
+
 
 @dataclass(frozen=True)
 class RoutingContext:
@@ -126,8 +128,8 @@ class RoutingPlan:
         if context.token_mask is not None:
             # padding goes behind the last expert and is cut off
             flat = flat.masked_fill(~context.token_mask.repeat_interleave(k), n_experts)
-        order = torch.argsort(flat, stable=True)
-        counts = count_per_expert(flat, n_experts + 1)[:n_experts]
+        order, counts = sort_by_expert(flat, n_experts + 1)
+        counts = counts[:n_experts]
         if context.token_mask is not None:
             order = order[: int(counts.sum())]
         return cls(

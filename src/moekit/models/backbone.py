@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moekit.config.errors import ConfigError
 from moekit.config.model import ModelConfig
-from moekit.layers.attention import Attention, KeyValueCache, RotaryEmbedding, attention_mask
+from moekit.layers.attention import Attention, AttentionMask, KeyValueCache, RotaryEmbedding
 from moekit.layers.experts import MLP
 from moekit.layers.moe import MoE
 from moekit.layers.norm import RMSNorm
@@ -32,7 +32,7 @@ class LayerInputs:
     """What every layer of one forward pass shares; shapes as in `Backbone.forward`."""
 
     rotary: tuple[Tensor, Tensor]
-    mask: Tensor | None
+    mask: AttentionMask
     token_ids: Tensor | None
     token_mask: Tensor | None
     segment_ids: Tensor | None
@@ -67,8 +67,11 @@ class BackboneLayer(nn.Module):
     def forward(
         self, x: Tensor, inputs: LayerInputs, earlier_counts: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor], RoutingPlan | None]:
-        x = x + self.attention(self.attention_norm(x), inputs.rotary, inputs.mask, inputs.cache, self.index)
-        normed = self.feed_forward_norm(x)
+        dense = isinstance(self.feed_forward, MLP)
+        normed = self.attention_norm(x, for_products=True)
+        attended = self.attention(normed, inputs.rotary, inputs.mask, inputs.cache, self.index)
+        # a router reads the norm in full precision
+        x, normed = self.feed_forward_norm.add(x, attended, for_products=dense)
         if isinstance(self.feed_forward, MLP):
             return x + self.feed_forward(normed), {}, None
         out = self.feed_forward(
@@ -129,7 +132,7 @@ class Backbone(nn.Module):
                 "function, or with keywords that hold beyond themselves), because it holds none; "
                 "call the model on the whole text without a cache"
             )
-        mask = attention_mask(batch, length, held, x.device, segment_ids, token_mask)
+        mask = AttentionMask(batch, length, held, x.device, segment_ids, token_mask)
         rotary = self.rotary(held, length, x)
         inputs = LayerInputs(rotary, mask, token_ids, token_mask, segment_ids, cache)
         counts = iter(earlier_counts or [])

@@ -9,25 +9,19 @@ bfloat16 copy in between.
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moekit.kernels.cpu import has_amx, has_bf16_products
-from moekit.kernels.cpu.build import BuildError, cannot_build, load
+from moekit.kernels.cpu import has_amx
+from moekit.kernels.cpu.library import POINTER, SIZE, Library, at
 from moekit.kernels.expert_weights import KINDS, Activation, ExpertWeights
-from moekit.kernels.registry import Usable, register
+from moekit.kernels.registry import register
 
-SWITCH = "MOEKIT_CPU_KERNELS"
-SOURCE = Path(__file__).with_suffix(".cpp")
 DTYPES = (torch.bfloat16, torch.float32)
 CHUNK_BYTES = 512 * 1024
 
@@ -53,41 +47,23 @@ def fits(weights: ExpertWeights) -> str:
     return ""
 
 
-def _usable(device: torch.device, dtype: torch.dtype) -> Usable:
-    if device.type != "cpu":
-        return False, "for CPUs"
-    if dtype not in DTYPES:
-        return False, f"needs bfloat16 or float32, got {dtype}"
-    if os.environ.get(SWITCH, "1") == "0":
-        return False, f"switched off by {SWITCH}=0"
-    if not has_bf16_products():
-        return False, "this CPU has no bfloat16 products (AVX-512 bf16 or AMX)"
-    if reason := cannot_build():
-        return False, reason
-    try:
-        _library()
-    except BuildError as error:
-        warnings.warn(
-            f"moekit's CPU kernels could not be compiled, plain ones are used: {error}", stacklevel=2
-        )
-        return False, str(error)
-    return True, "gather, products, activation and weighting fused; compiled on this machine"
+_LIBRARY = Library(
+    "expert_layer",
+    {
+        "moekit_forward": [POINTER] * 3,
+        "moekit_backward": [POINTER] * 5 + [SIZE, POINTER],
+        "moekit_sum_rows": [POINTER] + [SIZE] * 4 + [POINTER] * 2,
+    },
+)
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = load(SOURCE)
-    size, pointer = ctypes.c_int64, ctypes.c_void_p
-    layer = ctypes.POINTER(_Layer)
-    library.moekit_forward.argtypes = [layer, pointer, pointer]
-    library.moekit_backward.argtypes = [layer, pointer, pointer, pointer, ctypes.POINTER(pointer * 4), size, pointer]
-    library.moekit_sum_rows.argtypes = [pointer, size, size, size, size, pointer, pointer]
-    for function in (library.moekit_forward, library.moekit_backward, library.moekit_sum_rows):
-        function.restype = None
-    return library
-
-
-@register("expert_layer", "fused_cpu", priority=20, usable=_usable, fits=fits)
+@register(
+    "expert_layer",
+    "fused_cpu",
+    priority=20,
+    usable=_LIBRARY.usable("gather, products, activation and weighting fused", *DTYPES),
+    fits=fits,
+)
 def expert_layer_cpu(
     tokens: Tensor,
     token_index: Tensor,
@@ -134,19 +110,22 @@ class _ExpertLayer(torch.autograd.Function):
         parts = [None if part is None else part.to(dtype).contiguous() for part in given]
         begin = torch.zeros(len(tokens_per_expert) + 1, dtype=torch.int64)
         torch.cumsum(tokens_per_expert, 0, out=begin[1:])
-        saved = [token_index.contiguous(), begin, row_weight.float().contiguous(), *parts]
-        form = _Form(weights.n_experts, weights.sizes, weights.activation, weights.transposed, weights.interleaved)
+        token = token_index.contiguous()
+        saved = [token, begin, row_weight.float().contiguous(), *parts]
+        form = _Form(
+            weights.n_experts, weights.sizes, weights.activation, weights.transposed, weights.interleaved
+        )
         layer = _layer(saved, form, dtype)
         hidden = None
         if any(ctx.needs_input_grad):
             n_stored = int((tokens_per_expert + 15).div(16, rounding_mode="floor").sum()) * 16
             hidden = torch.empty(n_stored, w_in.shape[2 if weights.transposed else 1], dtype=dtype)
         rows = torch.empty(len(token_index), layer.o, dtype=dtype)
-        _library().moekit_forward(layer, _at(rows), _at(hidden))
+        _LIBRARY.moekit_forward(ctypes.byref(layer), at(rows), at(hidden))
         ctx.save_for_backward(*saved, hidden)
         ctx.form, ctx.dtype = form, dtype
         ctx.types = [row_weight.dtype] + [None if part is None else part.dtype for part in given]
-        return _sum_rows(rows, saved[0], len(tokens))
+        return _sum_rows(rows, token, len(tokens))
 
     @staticmethod
     @once_differentiable
@@ -159,9 +138,9 @@ class _ExpertLayer(torch.autograd.Function):
         kind = torch.float32 if torch.float32 in ctx.types[2:] else ctx.dtype
         d_maps = [None if part is None else torch.empty_like(part, dtype=kind) for part in maps]
         d_weight = torch.empty_like(weight)
-        _library().moekit_backward(
-            layer, _at(hidden), _at(dy), _at(dx_rows), (ctypes.c_void_p * 4)(*map(_at, d_maps)),
-            int(kind == torch.float32), _at(d_weight),
+        _LIBRARY.moekit_backward(
+            ctypes.byref(layer), at(hidden), at(dy), at(dx_rows), (ctypes.c_void_p * 4)(*map(at, d_maps)),
+            int(kind == torch.float32), at(d_weight),
         )  # fmt: skip
         d_tokens = None if dx_rows is None else _sum_rows(dx_rows, token, len(x))
         results = [
@@ -175,7 +154,7 @@ def _layer(saved: Sequence[Tensor | None], form: _Form, dtype: torch.dtype) -> _
     """What the library is told; `saved` must live as long as it is used."""
     d, f, o = form.sizes
     how = form.activation
-    token, begin, weight, *maps = map(_at, saved)
+    token, begin, weight, *maps = map(at, saved)
     return _Layer(
         token, begin, weight, form.n_experts, d, f, o, _chunk(d, f, dtype),
         form.transposed, form.interleaved, has_amx(), KINDS[how.kind], dtype == torch.float32,
@@ -192,9 +171,5 @@ def _chunk(d: int, f: int, dtype: torch.dtype) -> int:
 def _sum_rows(rows: Tensor, token: Tensor, n_tokens: int) -> Tensor:
     result = torch.empty(n_tokens, rows.shape[1], dtype=rows.dtype)
     is_float = int(rows.dtype == torch.float32)
-    _library().moekit_sum_rows(_at(token), len(token), n_tokens, rows.shape[1], is_float, _at(rows), _at(result))
+    _LIBRARY.moekit_sum_rows(at(token), len(token), n_tokens, rows.shape[1], is_float, at(rows), at(result))
     return result
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -16,6 +16,8 @@ from moekit.config.moe import MoEConfig
 from moekit.layers.plan import RoutingContext, RoutingPlan
 from moekit.layers.routing.base import LearnedRouter, Router, normalize_chosen, register_router
 
+_TABLE_LIMIT = 1 << 22  # ids times experts that the hash router tabulates
+
 
 @register_router("hash")
 class HashRouter(Router):
@@ -25,17 +27,32 @@ class HashRouter(Router):
         seed: int = Field(default=0, ge=0, description="another seed gives another table")
 
     options: Options
+    _table: Tensor | None = None  # no buffer: it follows from the options, and a checkpoint need not hold it
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         if context.token_ids is None:
             raise ConfigError(
                 "router 'hash' chooses by token id; call the layer with token_ids=[...] of its input"
             )
-        experts = torch.arange(self.n_experts, device=tokens.device)
-        ids = context.token_ids.long()[:, None]  # in a narrower type the product would wrap to another table
-        keys = _mix(ids * 0x9E3779B1 + experts[None] * 0x85EBCA77 + self.options.seed * 0xC2B2AE3D)
-        index = keys.topk(self.top_k, dim=-1).indices
+        index = self._choices(context.token_ids.long())  # in a narrower type the hash would wrap to another
         return RoutingPlan.from_choices(index, _equal_weights(index), self.n_experts, context)
+
+    def _choices(self, ids: Tensor) -> Tensor:
+        """`[T, K]` experts of token ids `[T]`; on a CPU looked up in a table of all ids so far."""
+        if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+            return self._hashed(ids)
+        least, most = int(ids.min()), int(ids.max())
+        if least < 0 or most * self.n_experts >= _TABLE_LIMIT:
+            return self._hashed(ids)
+        if self._table is None or len(self._table) <= most:
+            with torch.inference_mode(False):  # a table made in an evaluation must serve training too
+                self._table = self._hashed(torch.arange(most + most // 2 + 1, device="cpu"))
+        return self._table.index_select(0, ids)
+
+    def _hashed(self, ids: Tensor) -> Tensor:
+        experts = torch.arange(self.n_experts, device=ids.device)
+        keys = _mix(ids[:, None] * 0x9E3779B1 + experts[None] * 0x85EBCA77 + self.options.seed * 0xC2B2AE3D)
+        return keys.topk(self.top_k, dim=-1).indices
 
 
 @register_router("random")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moekit.config.base import StrictConfig
 from moekit.config.errors import require
 from moekit.config.moe import MoEConfig
+from moekit.kernels.routing import top_k
 from moekit.layers.plan import RoutingContext, RoutingPlan
 from moekit.layers.routing.base import LearnedRouter, normalize_chosen, register_router
 
@@ -36,7 +37,7 @@ class SoftmaxRouter(LearnedRouter):
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         logits = self.logits(tokens)
         probs = logits.softmax(dim=-1)
-        index = self.with_bias(probs).topk(self.top_k, dim=-1).indices
+        index = top_k(self.with_bias(probs), self.top_k)
         weight = probs.gather(1, index)
         if self.options.normalize == "after":
             weight = normalize_chosen(weight)
@@ -59,7 +60,7 @@ class SigmoidRouter(LearnedRouter):
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         logits = self.logits(tokens)
         scores = logits.sigmoid()
-        index = self.with_bias(scores).topk(self.top_k, dim=-1).indices
+        index = top_k(self.with_bias(scores), self.top_k)
         weight = scores.gather(1, index)
         return RoutingPlan.from_choices(
             index,
