@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.config.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from moekit.kernels.quantized import QuantizedMatrix
 
 # the numbers that the C++ kernels know them by (kernels/cpu/common.h); the gated ones come first
 KINDS = {
@@ -88,10 +91,12 @@ class ExpertWeights:
         activation: between the two maps.
         transposed: whether the matrices are stored `[in, out]`; else `[out, in]` as in `torch.nn.Linear`.
         interleaved: whether gates and linear parts alternate along G*F; else all gates come first.
+
+    Quantised matrices (`moekit.kernels.quantized`) serve inference alone; gradients and the plain kernels want tensors.
     """
 
-    w_in: Tensor
-    w_out: Tensor
+    w_in: Tensor | QuantizedMatrix
+    w_out: Tensor | QuantizedMatrix
     b_in: Tensor | None = None
     b_out: Tensor | None = None
     activation: Activation = Activation()
@@ -111,12 +116,22 @@ class ExpertWeights:
 
     def out_in(self) -> tuple[Tensor, Tensor]:
         """`w_in [E, G*F, D]` and `w_out [E, O, F]` (views), however they are stored."""
-        if self.transposed:
-            return self.w_in.transpose(1, 2), self.w_out.transpose(1, 2)
-        return self.w_in, self.w_out
+        w_in, w_out = self.tensors()
+        return (w_in.transpose(1, 2), w_out.transpose(1, 2)) if self.transposed else (w_in, w_out)
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Both matrices as they are stored.
+
+        Errors: `ConfigError` where they are quantised.
+        """
+        if isinstance(self.w_in, Tensor) and isinstance(self.w_out, Tensor):
+            return self.w_in, self.w_out
+        raise ConfigError("quantised experts only decode; got a call that needs their weights as tensors")
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
-        """The same with every part in `dtype`; what has it already is not copied."""
+        """The same with every tensor in `dtype`; what has it already is not copied."""
         parts: dict[str, Any] = {name: getattr(self, name) for name in ("w_in", "w_out", "b_in", "b_out")}
-        cast: dict[str, Any] = {name: None if w is None else w.to(dtype) for name, w in parts.items()}
+        cast: dict[str, Any] = {
+            name: w.to(dtype) if isinstance(w, Tensor) else w for name, w in parts.items()
+        }
         return replace(self, **cast)

@@ -65,6 +65,7 @@ def _load(op: str) -> list[Kernel]:
     # they register themselves
     import moekit.kernels.cpu.attention
     import moekit.kernels.cpu.cross_entropy
+    import moekit.kernels.cpu.decode
     import moekit.kernels.cpu.elementwise
     import moekit.kernels.cpu.expert_layer
     import moekit.kernels.cpu.routing

@@ -40,6 +40,8 @@ class _Layer(ctypes.Structure):
 
 def fits(weights: ExpertWeights) -> str:
     """Why the kernel cannot compute these experts, or "" where it can."""
+    if not (isinstance(weights.w_in, Tensor) and isinstance(weights.w_out, Tensor)):
+        return "quantised experts only decode"
     d, f, o = weights.sizes
     for name, size, step in (("d_model", d, 32), ("d_expert", f, 16), ("d_out", o, 32)):
         if size % step or size == 0:
@@ -74,7 +76,7 @@ def expert_layer_cpu(
 ) -> Tensor:
     """The weighted sum of each token's experts, `[T, O]` in `dtype`; zeros for a token without a row."""
     result: Tensor = _ExpertLayer.apply(
-        tokens, row_weight, weights.w_in, weights.w_out, weights.b_in, weights.b_out,
+        tokens, row_weight, *weights.tensors(), weights.b_in, weights.b_out,
         token_index, tokens_per_expert, weights, dtype,
     )  # fmt: skip
     return result

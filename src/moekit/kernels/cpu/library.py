@@ -32,18 +32,23 @@ class Library:
     Args:
         name: of the file, without its suffix.
         functions: the types of each exported function's arguments.
+        features: of the CPU that are needed beside bfloat16 products, by their names in `torch.cpu.get_capabilities`.
+        result: the type that the functions return.
     """
 
-    def __init__(self, name: str, functions: dict[str, list[Any]]) -> None:
+    def __init__(
+        self, name: str, functions: dict[str, list[Any]], features: tuple[str, ...] = (), result: Any = None
+    ) -> None:
         self._source, self._functions = Path(__file__).with_name(f"{name}.cpp"), functions
+        self._features, self._result = features, result
         self._loaded: ctypes.CDLL | None = None
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         if self._loaded is None:
             library = load(self._source)
             for function, arguments in self._functions.items():
                 getattr(library, function).argtypes = arguments
-                getattr(library, function).restype = None
+                getattr(library, function).restype = self._result
             self._loaded = library
         function = getattr(self._loaded, name)
         setattr(self, name, function)  # from now on without this detour
@@ -60,16 +65,19 @@ class Library:
                 return False, f"needs {names}, got {dtype}"
             if os.environ.get(SWITCH, "1") == "0":
                 return False, f"switched off by {SWITCH}=0"
-            reason = _cannot_run(self._source)
+            reason = _cannot_run(self._source, self._features)
             return not reason, reason or what
 
         return answer
 
 
 @functools.cache
-def _cannot_run(source: Path) -> str:
+def _cannot_run(source: Path, features: tuple[str, ...]) -> str:
     if not has_bf16_products():
         return "this CPU has no bfloat16 products (AVX-512 bf16 or AMX)"
+    has = torch.cpu.get_capabilities()
+    if missing := [name for name in features if not has.get(name, False)]:
+        return f"this CPU lacks {', '.join(missing)}"
     if reason := cannot_build():
         return reason
     try:

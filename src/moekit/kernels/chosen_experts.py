@@ -1,0 +1,70 @@
+"""The weighted sum of the experts that each token chose, by the kernel that suits their number.
+
+Few tokens without a gradient wait for the experts' weights, so each chosen expert's are read once ("expert_decode");
+many tokens, or a gradient, are a matter of products ("expert_layer").
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moekit.kernels.expert_weights import ExpertWeights
+from moekit.kernels.registry import find
+from moekit.kernels.routing import sort_by_expert
+
+# rows per expert up to which reading the weights is what takes time; beyond it the products do
+FEW_ROWS = 4
+# tokens of one call with quantised experts: about so many rows per expert, and the weights are read again for the next
+QUANTISED_ROWS = 16
+
+
+def chosen_experts(
+    tokens: Tensor, expert_index: Tensor, expert_weight: Tensor, weights: ExpertWeights, dtype: torch.dtype
+) -> Tensor | str:
+    """The sum over k of expert_weight[t, k] * expert_{expert_index[t, k]}(tokens[t]), or why no fused kernel gives it.
+
+    Shapes: tokens `[T, D]`, expert_index and expert_weight `[T, K]`, result `[T, O]` in `dtype`. An index outside 0..E-1
+    (an expert of another rank) adds nothing. Products run in `dtype`; float32 weights of few tokens are not rounded.
+    """
+    decoded = decoded_experts(tokens, expert_index, expert_weight, weights, dtype)
+    if decoded is not None:
+        return decoded
+    kernel = find("expert_layer", tokens.device.type, dtype)
+    if kernel is None:
+        return f"no fused kernel for {dtype} on {tokens.device.type}"
+    if misfit := kernel.fits(weights):
+        return misfit
+    flat, row_weight, top_k = expert_index.reshape(-1), expert_weight.reshape(-1), expert_index.shape[1]
+    here = (flat >= 0) & (flat < weights.n_experts)
+    if bool(here.all()):
+        order, counts = sort_by_expert(flat, weights.n_experts)
+    else:
+        kept = here.nonzero()[:, 0]
+        order, counts = sort_by_expert(flat[kept], weights.n_experts)
+        order = kept[order]
+    rows = order.div(top_k, rounding_mode="floor"), row_weight.index_select(0, order)
+    result: Tensor = kernel.function(tokens, *rows, counts, weights, dtype)
+    return result
+
+
+def decoded_experts(
+    tokens: Tensor, expert_index: Tensor, expert_weight: Tensor, weights: ExpertWeights, dtype: torch.dtype
+) -> Tensor | None:
+    """As `chosen_experts` where reading the weights is what takes time, else None."""
+    quantised = not isinstance(weights.w_in, Tensor) or not isinstance(weights.w_out, Tensor)
+    n_rows, n_tokens = expert_index.numel(), len(tokens)
+    if not quantised and n_rows > FEW_ROWS * weights.n_experts:
+        return None
+    parts = (tokens, expert_weight, weights.w_in, weights.w_out, weights.b_in, weights.b_out)
+    if torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+        return None
+    kernel = find("expert_decode", tokens.device.type, tokens.dtype)
+    if kernel is None or kernel.fits(weights):
+        return None
+    step = max(QUANTISED_ROWS, QUANTISED_ROWS * weights.n_experts // max(expert_index.shape[1], 1))
+    if n_tokens <= step:
+        answer: Tensor = kernel.function(tokens, expert_index, expert_weight, weights)
+        return answer.to(dtype)
+    pieces = zip(tokens.split(step), expert_index.split(step), expert_weight.split(step), strict=True)
+    return torch.cat([kernel.function(*piece, weights) for piece in pieces]).to(dtype)
