@@ -20,11 +20,13 @@ _EXPORTS = {
     "RoutingPlan": "moekit.layers.plan",
     "register_router": "moekit.layers.routing",
     "build_model": "moekit.models",
+    "use_in_transformers": "moekit.convert.transformers",
 }
 
 if TYPE_CHECKING:
     from moekit.config.model import ModelConfig
     from moekit.config.moe import MoEConfig
+    from moekit.convert.transformers import use_in_transformers
     from moekit.layers.moe import MoE, MoEOutput
     from moekit.layers.plan import RoutingContext, RoutingPlan
     from moekit.layers.routing import Router, register_router
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "build_model",
     "register_router",
+    "use_in_transformers",
 ]
 
 

@@ -24,6 +24,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("Measure", "Measure a run: bits per byte per domain, speed, memory and balance."),
     "generate": ("Measure", "Continue a prompt with the model of a run."),
     "league": ("Measure", "Train every causal router for the same steps and rank them in one table."),
+    "bench": (
+        "Measure",
+        "Time moekit against other libraries on this machine, in one run, with every answer checked.",
+    ),
     "config": ("Look up", "Explain a configuration key, or show a whole configuration."),
     "data": ("Look up", "List the named corpora, or describe one."),
 }

@@ -42,6 +42,12 @@ class MissingExtraError(MoekitError, ImportError):
     exit_code = 6
 
 
+class WrongResultError(MoekitError):
+    """A contestant of a benchmark computed something else than the reference; its times are not reported."""
+
+    exit_code = 7
+
+
 class Interrupted(MoekitError):
     """SIGTERM or SIGINT arrived; a checkpoint was written before leaving."""
 

@@ -15,17 +15,18 @@ from moekit.kernels.routing import sort_by_expert
 
 # rows per expert up to which reading the weights is what takes time; beyond it the products do
 FEW_ROWS = 4
-# tokens of one call with quantised experts: about so many rows per expert, and the weights are read again for the next
+# tokens of one call with quantised experts: about so many rows per expert, and they are read again for the next
 QUANTISED_ROWS = 16
 
 
 def chosen_experts(
     tokens: Tensor, expert_index: Tensor, expert_weight: Tensor, weights: ExpertWeights, dtype: torch.dtype
 ) -> Tensor | str:
-    """The sum over k of expert_weight[t, k] * expert_{expert_index[t, k]}(tokens[t]), or why no fused kernel gives it.
+    """The sum over k of expert_weight[t, k] * expert(expert_index[t, k])(tokens[t]), or why no fused kernel gives it.
 
-    Shapes: tokens `[T, D]`, expert_index and expert_weight `[T, K]`, result `[T, O]` in `dtype`. An index outside 0..E-1
-    (an expert of another rank) adds nothing. Products run in `dtype`; float32 weights of few tokens are not rounded.
+    Shapes: tokens `[T, D]`, expert_index and expert_weight `[T, K]`, result `[T, O]` in `dtype`. An index outside
+    0..E-1 (an expert of another rank) adds nothing. Products run in `dtype`; float32 weights of
+    few tokens are not rounded.
     """
     decoded = decoded_experts(tokens, expert_index, expert_weight, weights, dtype)
     if decoded is not None:
