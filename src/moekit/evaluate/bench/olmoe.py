@@ -92,7 +92,7 @@ def random_olmoe(shape: ModelShape, seed: int) -> Any:
             # a matrix at a time: in float32 a stack of experts would take twice its memory
             for part in parameter if parameter.dim() == 3 else (parameter,):
                 part.copy_(torch.randn(part.shape, generator=random) * 0.02)
-    return model.requires_grad_(False)
+    return model  # without requires_grad, torch copies the output matrix for the last position alone
 
 
 # (name of a parameter, its value in bfloat16) -> the value to compute with, float32
