@@ -10,6 +10,7 @@ from torch import Tensor
 
 import moekit
 from moekit.config.errors import ConfigError
+from moekit.kernels import chosen_experts
 from moekit.kernels.cpu.expert_layer import CHUNK_BYTES, _chunk, expert_layer_cpu, fits
 from moekit.kernels.cpu.library import SWITCH
 from moekit.kernels.expert_mlp import expert_mlp_reference
@@ -309,3 +310,23 @@ def test_the_switch_turns_it_off(monkeypatch) -> None:
     finally:
         monkeypatch.undo()
         find.cache_clear()
+
+
+@needs_kernel
+@pytest.mark.parametrize("fields", [{}, {"bias": True}, {"activation": "geglu"}, {"router": "top_p"}])
+@pytest.mark.parametrize("n_tokens", [1, 5])
+def test_a_few_tokens_without_a_gradient_are_decoded_alike(n_tokens, fields, monkeypatch) -> None:
+    module = layer(d_expert=32, n_experts=16, **fields)
+    x = torch.randn(1, n_tokens, 32)
+    with_gradient = with_bf16(module, x)
+    called = []
+    original = chosen_experts.decoded_experts
+    monkeypatch.setattr(
+        chosen_experts, "decoded_experts", lambda *args: (called.append(1), original(*args))[1]
+    )
+    with torch.no_grad():
+        decoded = with_bf16(module, x)
+        visits = module(x).routing.token_index.bincount(minlength=n_tokens)
+    assert bool(called) == bool((visits == visits[0]).all())
+    assert decoded.dtype == with_gradient.dtype
+    close(decoded, with_gradient.detach().double(), "decoded")

@@ -69,3 +69,26 @@ def decoded_experts(
         return answer.to(dtype)
     pieces = zip(tokens.split(step), expert_index.split(step), expert_weight.split(step), strict=True)
     return torch.cat([kernel.function(*piece, weights) for piece in pieces]).to(dtype)
+
+
+def decoded_rows(
+    tokens: Tensor,
+    token_index: Tensor,
+    row_weight: Tensor,
+    tokens_per_expert: Tensor,
+    weights: ExpertWeights,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """As `decoded_experts` from rows sorted by expert, where each token has the same number of them.
+
+    Shapes: token_index and row_weight `[R]`, tokens_per_expert `[E]`.
+    """
+    n_rows, n_tokens = len(token_index), len(tokens)
+    if n_rows == 0 or n_rows % n_tokens or n_rows > FEW_ROWS * weights.n_experts:
+        return None
+    order = token_index.argsort(stable=True)
+    by_token = token_index[order].view(n_tokens, -1)
+    if not torch.equal(by_token, torch.arange(n_tokens).unsqueeze(1).expand_as(by_token)):
+        return None
+    expert = torch.arange(weights.n_experts).repeat_interleave(tokens_per_expert)[order].view_as(by_token)
+    return decoded_experts(tokens, expert, row_weight[order].view_as(by_token), weights, dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moekit.config.errors import ConfigError, require
 from moekit.config.moe import NullExpertsConfig
+from moekit.kernels.chosen_experts import decoded_rows
 from moekit.kernels.expert_weights import Activation, ExpertWeights
 from moekit.kernels.registry import find, pick
 from moekit.kernels.swiglu import swiglu
@@ -76,10 +77,9 @@ class StackedMLP(nn.Module):
             )
         if misfit:
             return None
-        mixed: Tensor = kernel.function(
-            tokens, token_index, row_weight, tokens_per_expert, self.weights, dtype
-        )
-        return mixed
+        rows = (tokens, token_index, row_weight, tokens_per_expert, self.weights, dtype)
+        mixed: Tensor | None = None if torch.is_grad_enabled() else decoded_rows(*rows)
+        return kernel.function(*rows) if mixed is None else mixed
 
     def extra_repr(self) -> str:
         return (

@@ -217,16 +217,9 @@ def test_step_needs_a_sparse_model():
         step.run_step(dense, against=(), timing=QUICK)
 
 
-def eager_as_moekit():
-    """Registers "moekit" as transformers' own arithmetic, in place of the plug-in."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register("moekit", ALL_EXPERTS_FUNCTIONS["batched_mm"])
-
-
 def test_model_inside_transformers():
     needs_transformers()
-    cases = model.run_model(MODEL, register_moekit=eager_as_moekit, threads=1, timing=QUICK)
+    cases = model.run_model(MODEL, threads=1, timing=QUICK)
     accepted("model", cases, ("transformers",))
     prefill, decoding = cases
     assert names(prefill) == ["moekit", "transformers grouped_mm", "transformers eager"]
@@ -239,13 +232,6 @@ def test_model_inside_transformers():
     assert "decode only" in prefill["skipped"]["transformers batched_mm"]
     assert prefill["contestants"][0]["work"]["tokens"] == 12
     assert decoding["contestants"][0]["work"]["tokens"] == 3
-
-
-def test_model_without_the_plug_in_says_so():
-    needs_transformers()
-    cases = model.run_model(MODEL, threads=1, timing=QUICK)
-    assert "does not plug into transformers" in cases[0]["skipped"]["moekit"]
-    assert cases[0]["moekit_speedup"] is None
 
 
 def test_wrong_experts_of_a_model_are_refused():
