@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+import moekit
 from moekit.cli.bench_report import common_options, measured, numbers, read_numbers, sizes, typed, words
 from moekit.cli.output import overrides_argument
 
@@ -88,5 +89,5 @@ def model(formats: str, gguf: Path | None, **options: Any) -> None:
     with measured("model", options) as run:
         run.cases = run_model(
             ModelShape(**run.sizes), against=run.against, formats=words(formats), folder=gguf, threads=run.threads,
-            **run.common,
+            register_moekit=moekit.use_in_transformers, **run.common,
         )  # fmt: skip

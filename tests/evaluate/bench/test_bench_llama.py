@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import moekit
 from moekit.config.errors import MoekitError
 from moekit.evaluate.bench import gguf_file, model
 from moekit.evaluate.bench.compare import TimingOptions
@@ -41,7 +42,12 @@ def test_a_file_holds_every_weight(olmoe, tmp_path, kind, error):
 def test_llama_cpp_agrees_with_transformers(tmp_path):
     pytest.importorskip("llama_cpp")
     cases = model.run_model(
-        SHAPE, against=("transformers", "llama-cpp"), folder=tmp_path, threads=1, timing=TimingOptions(2, 0)
+        SHAPE,
+        against=("transformers", "llama-cpp"),
+        folder=tmp_path,
+        threads=1,
+        timing=TimingOptions(2, 0),
+        register_moekit=moekit.use_in_transformers,
     )
     result = bench_result("model", cases, {}, ("llama-cpp",), "moekit bench model")
     check_result(result)
@@ -68,7 +74,12 @@ def test_another_models_file_is_refused(olmoe, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "write_gguf", wrong)
         cases = model.run_model(
-            SHAPE, against=("llama-cpp",), formats=["bf16"], threads=1, timing=TimingOptions(1, 0)
+            SHAPE,
+            against=("llama-cpp",),
+            formats=["bf16"],
+            threads=1,
+            timing=TimingOptions(1, 0),
+            register_moekit=moekit.use_in_transformers,
         )
     assert [list(case["refused"]) for case in cases] == [["llama-cpp bf16"]] * 2
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import moekit
 from moekit.config.errors import ConfigError, MoekitError
 from moekit.evaluate.bench import decode, layer, model, peaks, step
 from moekit.evaluate.bench.compare import TimingOptions, compare
@@ -219,7 +220,7 @@ def test_step_needs_a_sparse_model():
 
 def test_model_inside_transformers():
     needs_transformers()
-    cases = model.run_model(MODEL, threads=1, timing=QUICK)
+    cases = model.run_model(MODEL, register_moekit=moekit.use_in_transformers, threads=1, timing=QUICK)
     accepted("model", cases, ("transformers",))
     prefill, decoding = cases
     assert names(prefill) == ["moekit", "transformers grouped_mm", "transformers eager"]
@@ -286,4 +287,4 @@ def test_model_shapes():
     with pytest.raises(ConfigError, match="--d-model must be a multiple of twice --heads"):
         ModelShape(d_model=60, heads=8)
     with pytest.raises(ConfigError, match="did you mean 'Q4_0'"):
-        model.run_model(MODEL, formats=["Q4_1"], threads=1)
+        model.run_model(MODEL, register_moekit=moekit.use_in_transformers, formats=["Q4_1"], threads=1)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from moekit.config.errors import ConfigError, nearest
-from moekit.convert.transformers import use_in_transformers
 from moekit.evaluate.bench.checks import Outputs, Tolerance
 from moekit.evaluate.bench.compare import (
     DEFAULT_TIMING,
@@ -52,7 +51,7 @@ def run_model(
     *,
     against: Sequence[str] = ("transformers",),
     formats: Sequence[str] = FORMATS,
-    register_moekit: Callable[[], object] = use_in_transformers,
+    register_moekit: Callable[[], object],
     folder: Path | None = None,
     threads: int,
     timing: TimingOptions = DEFAULT_TIMING,
