@@ -330,3 +330,35 @@ def test_a_few_tokens_without_a_gradient_are_decoded_alike(n_tokens, fields, mon
     assert bool(called) == bool((visits == visits[0]).all())
     assert decoded.dtype == with_gradient.dtype
     close(decoded, with_gradient.detach().double(), "decoded")
+
+
+@needs_kernel
+def test_the_buffer_of_rows_is_reused_in_every_mode_and_never_shared() -> None:
+    import moekit.kernels.cpu.expert_layer as module
+
+    module._SPARE.clear()
+    small, large = Problem(COUNTS["odd"], SIZES["rests"]), Problem(COUNTS["several chunks"], SIZES["rests"])
+    with torch.inference_mode():  # what was made here serves a training step later
+        expected = small.ours(small.leaves).clone()
+    for problem in (large, small, large):
+        check(problem)
+    with torch.no_grad():
+        assert torch.equal(small.ours(small.leaves), expected)
+    assert len(module._SPARE) == 1
+    with module._borrowed(2, 8, torch.float32) as first, module._borrowed(2, 8, torch.float32) as second:
+        assert first.data_ptr() != second.data_ptr()
+        assert (first.shape, first.dtype) == ((2, 8), torch.float32)
+    assert len(module._SPARE) == 1
+
+
+def test_a_huge_buffer_is_not_kept(monkeypatch) -> None:
+    import moekit.kernels.cpu.expert_layer as module
+
+    monkeypatch.setattr(module, "KEPT_BYTES", 64)
+    module._SPARE.clear()
+    with module._borrowed(5, 8, torch.bfloat16):
+        pass
+    assert not module._SPARE
+    with module._borrowed(4, 8, torch.bfloat16):
+        pass
+    assert len(module._SPARE) == 1

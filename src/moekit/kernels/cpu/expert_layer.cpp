@@ -383,7 +383,6 @@ std::tuple<int64_t, int64_t, int64_t> chunk_of(const Layer<V>& l, const Piece& p
 template <class V>
 void forward(const Layer<V>& l, V* rows, V* hidden) {
   using S = Scratch;
-  expect(rows, l.begin[l.n_experts] * l.o * sizeof(V));
   expect(hidden, l.stored[l.n_experts] * l.gf() * sizeof(V));
   void (*tile_of)(const Activation&, const Tile<V>&) = nullptr;
   with_kind(l.how.kind, [&](auto kind) { tile_of = forward_tile<kind(), V>; });
@@ -612,7 +611,6 @@ void backward(const Layer<V>& l, const V* hidden, const V* dy, V* dx_rows, const
   using S = Scratch;
   using Weights = BackwardWeights<V, Gradient>;
   const int64_t n_threads = at::get_num_threads(), total = l.stored[l.n_experts], gf = l.gf();
-  expect(dx_rows, l.begin[l.n_experts] * l.d * sizeof(V));
   expect(to.w_in, l.n_experts * gf * l.d * sizeof(Gradient));
   expect(to.w_out, l.n_experts * l.o * l.f * sizeof(Gradient));
   // the largest first, so that nobody waits long for the last

@@ -9,7 +9,8 @@ bfloat16 copy in between.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,12 +123,13 @@ class _ExpertLayer(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             n_stored = int((tokens_per_expert + 15).div(16, rounding_mode="floor").sum()) * 16
             hidden = torch.empty(n_stored, w_in.shape[2 if weights.transposed else 1], dtype=dtype)
-        rows = torch.empty(len(token_index), layer.o, dtype=dtype)
-        _LIBRARY.moekit_forward(ctypes.byref(layer), at(rows), at(hidden))
+        with _borrowed(len(token), layer.o, dtype) as rows:
+            _LIBRARY.moekit_forward(ctypes.byref(layer), at(rows), at(hidden))
+            y = _sum_rows(rows, token, len(tokens))
         ctx.save_for_backward(*saved, hidden)
         ctx.form, ctx.dtype = form, dtype
         ctx.types = [row_weight.dtype] + [None if part is None else part.dtype for part in given]
-        return _sum_rows(rows, token, len(tokens))
+        return y
 
     @staticmethod
     @once_differentiable
@@ -136,20 +138,46 @@ class _ExpertLayer(torch.autograd.Function):
         token, _, weight, x, *maps = saved
         layer = _layer(saved, ctx.form, ctx.dtype)
         dy = gradient.to(ctx.dtype).contiguous()
-        dx_rows = torch.empty(len(token), layer.d, dtype=ctx.dtype) if ctx.needs_input_grad[0] else None
         kind = torch.float32 if torch.float32 in ctx.types[2:] else ctx.dtype
         d_maps = [None if part is None else torch.empty_like(part, dtype=kind) for part in maps]
         d_weight = torch.empty_like(weight)
-        _LIBRARY.moekit_backward(
-            ctypes.byref(layer), at(hidden), at(dy), at(dx_rows), (ctypes.c_void_p * 4)(*map(at, d_maps)),
-            int(kind == torch.float32), at(d_weight),
-        )  # fmt: skip
-        d_tokens = None if dx_rows is None else _sum_rows(dx_rows, token, len(x))
+        d_tokens = None
+        with _borrowed(len(token) if ctx.needs_input_grad[0] else 0, layer.d, ctx.dtype) as dx_rows:
+            _LIBRARY.moekit_backward(
+                ctypes.byref(layer), at(hidden), at(dy), at(dx_rows) if ctx.needs_input_grad[0] else None,
+                (ctypes.c_void_p * 4)(*map(at, d_maps)), int(kind == torch.float32), at(d_weight),
+            )  # fmt: skip
+            if ctx.needs_input_grad[0]:
+                d_tokens = _sum_rows(dx_rows, token, len(x))
         results = [
             None if part is None else part.to(dtype)
             for part, dtype in zip((d_weight, d_tokens, *d_maps), ctx.types, strict=True)
         ]
         return (results[1], results[0], *results[2:], None, None, None, None)
+
+
+# One buffer for the rows between experts and sum. It is kept from call to call (up to KEPT_BYTES): memory that is fresh
+# from the system costs a trap for each page, which took a third of the time of a layer with many experts.
+_SPARE: list[Tensor] = []
+KEPT_BYTES = 256 * 2**20
+
+
+@contextmanager
+def _borrowed(n_rows: int, width: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Room for `[n_rows, width]`; a second borrower at the same time gets its own."""
+    n_bytes = n_rows * width * dtype.itemsize
+    try:
+        buffer = _SPARE.pop()
+    except IndexError:
+        buffer = torch.empty(0, dtype=torch.uint8)
+    if buffer.numel() < n_bytes:
+        del buffer  # not beside the larger one
+        buffer = torch.empty(n_bytes, dtype=torch.uint8)
+    try:
+        yield buffer[:n_bytes].view(dtype).view(n_rows, width)
+    finally:
+        if buffer.numel() <= KEPT_BYTES:
+            _SPARE[:] = [buffer]
 
 
 def _layer(saved: Sequence[Tensor | None], form: _Form, dtype: torch.dtype) -> _Layer:
