@@ -121,7 +121,7 @@ def _write(cases: dict[str, list[dict[str, Any]]]) -> None:
 def _rows(case: dict[str, Any]) -> list[list[str]]:
     peer = min((c for c in case["contestants"] if c["role"] == "peer"), key=_seconds, default=None)
     dense = next((c for c in case["contestants"] if c["name"].startswith("dense")), None)
-    ours = [each for each in case["contestants"] if each["role"] == "moekit"]
+    ours = [each for each in case["contestants"] if each["role"] == "moekit" and each["name"] != "moekit plain"]
     return [
         [case["name"], each["name"], f"{1000 * _seconds(each):,.2f}", _speed(each)]
         + [_against(other, each) for other in (peer, dense)]
