@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from common import RESULTS, write_result
 
-import moekit
+from moekit.convert.transformers import undo, use_in_transformers
 from moekit.evaluate.bench.compare import TimingOptions
 from moekit.evaluate.bench.decode import DecodeShape, run_decode
 from moekit.evaluate.bench.layer import LayerShape, run_layer
@@ -71,7 +71,8 @@ def model() -> list[dict[str, Any]]:
     timing = TimingOptions(repeats=5, warmup=1, say=TIMING.say)
     return run_model(
         ModelShape(),
-        register_moekit=moekit.use_in_transformers,
+        use_moekit=use_in_transformers,
+        undo_moekit=undo,
         threads=torch.get_num_threads(),
         timing=timing,
     )
@@ -121,7 +122,9 @@ def _write(cases: dict[str, list[dict[str, Any]]]) -> None:
 def _rows(case: dict[str, Any]) -> list[list[str]]:
     peer = min((c for c in case["contestants"] if c["role"] == "peer"), key=_seconds, default=None)
     dense = next((c for c in case["contestants"] if c["name"].startswith("dense")), None)
-    ours = [each for each in case["contestants"] if each["role"] == "moekit" and each["name"] != "moekit plain"]
+    ours = [
+        each for each in case["contestants"] if each["role"] == "moekit" and each["name"] != "moekit plain"
+    ]
     return [
         [case["name"], each["name"], f"{1000 * _seconds(each):,.2f}", _speed(each)]
         + [_against(other, each) for other in (peer, dense)]

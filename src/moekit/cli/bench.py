@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-import moekit
 from moekit.cli.bench_report import common_options, measured, numbers, read_numbers, sizes, typed, words
 from moekit.cli.output import overrides_argument
 
@@ -84,10 +83,12 @@ def decode(tokens: str, bits: str, group_size: int, **options: Any) -> None:
 @common_options("transformers", repeats=5, warmup=1)
 def model(formats: str, gguf: Path | None, **options: Any) -> None:
     """A whole OLMoE-shaped model: prefill of a prompt, and decoding behind it with the key/value cache."""
+    from moekit.convert.transformers import undo, use_in_transformers
     from moekit.evaluate.bench.model import ModelShape, run_model
 
     with measured("model", options) as run:
         run.cases = run_model(
-            ModelShape(**run.sizes), against=run.against, formats=words(formats), folder=gguf, threads=run.threads,
-            register_moekit=moekit.use_in_transformers, **run.common,
+            ModelShape(**run.sizes), use_moekit=use_in_transformers, undo_moekit=undo,
+            against=run.against, formats=words(formats), folder=gguf, threads=run.threads,
+            **run.common,
         )  # fmt: skip

@@ -25,34 +25,98 @@ import torch
 from torch import Tensor, nn
 
 from moekit.config.errors import ConfigError, MissingExtraError, require
+from moekit.convert import around_experts
 from moekit.kernels.chosen_experts import chosen_experts
 from moekit.kernels.expert_weights import GATED, KINDS, Activation, ExpertWeights
 from moekit.kernels.quantized import quantize_experts as quantize_weights
 
-NAME = "moekit"
+NAME = around_experts.NAME
+_BEFORE = "_before_moekit"
 
 
 class MoekitFallbackWarning(UserWarning):
     """A transformers module whose experts moekit's kernels do not compute here; transformers' own path did."""
 
 
-def use_in_transformers() -> str:
-    """Make `experts_implementation="moekit"` known to transformers; calling it again changes nothing.
+def use_in_transformers(model: nn.Module | None = None) -> str:
+    """Make "moekit" known to transformers, and put a model that is there already on all of its kernels.
+
+    Without a model, `experts_implementation="moekit"` and `attn_implementation="moekit"` become known. With one, its
+    experts implementation becomes "moekit", and in inference on a CPU in bfloat16 the rest gets faster: attention where
+    the model uses "sdpa", linear maps of few rows, norms, and caches that grow in place. What moekit's kernels cannot
+    compute is computed as before, so the model trains as before; `undo(model)` takes everything back. Calling it again
+    changes nothing.
+
+    Args:
+        model: a model of transformers, or None.
 
     Returns:
         The name, "moekit".
 
-    Errors: `MissingExtraError` without transformers 5.
+    Errors: `MissingExtraError` without transformers 5; `ConfigError` for a model that is none of transformers'.
 
     Example::
 
-        moekit.use_in_transformers()
-        model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moekit", dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+        moekit.use_in_transformers(model)
 
-    A model that is there already: `model.set_experts_implementation("moekit")`.
+    The experts alone: `AutoModelForCausalLM.from_pretrained(name, experts_implementation="moekit")` after
+    `moekit.use_in_transformers()`, or `model.set_experts_implementation("moekit")`.
     """
     _interface().register(NAME, experts_forward)
+    around_experts.register()
+    if model is None:
+        return NAME
+    require(
+        hasattr(model, "set_experts_implementation") and hasattr(model, "set_attn_implementation"),
+        "model",
+        type(model).__name__,
+        "must be a model of transformers",
+        "Give the model that from_pretrained returned",
+    )
+    foreign: Any = model
+    if _BEFORE not in model.__dict__:
+        # on the model, so that a copy of it can be taken back as well
+        model.__dict__[_BEFORE] = {
+            "experts": foreign.get_experts_implementation(),
+            "attention": _attention_implementations(model),
+        }
+    before = model.__dict__[_BEFORE]
+    if any(_is_experts(module) for module in model.modules()):
+        foreign.set_experts_implementation(NAME)
+    foreign.set_attn_implementation({k: NAME if v == "sdpa" else v for k, v in before["attention"].items()})
+    around_experts.install(model)
     return NAME
+
+
+def undo(model: nn.Module) -> None:
+    """Take back `use_in_transformers(model)`: the implementations that the model had, and its modules' own forward.
+
+    A model that was not given to `use_in_transformers` stays as it is. Quantised experts stay on "moekit": no other
+    implementation reads them.
+    """
+    around_experts.remove(model)
+    before = model.__dict__.pop(_BEFORE, None)
+    if before is None:
+        return
+    foreign: Any = model
+    quantised = any(
+        known is not None
+        and isinstance(known.weights, ExpertWeights)
+        and not isinstance(known.weights.w_in, Tensor)
+        for known in map(_KNOWN.get, model.modules())
+    )
+    if not quantised:
+        foreign.set_experts_implementation(before["experts"])
+    foreign.set_attn_implementation(before["attention"])
+
+
+def _attention_implementations(model: nn.Module) -> dict[str, str | None]:
+    """Of the model and its parts with a configuration of their own, as `set_attn_implementation` takes them."""
+    config: Any = model.config
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    own = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **own}
 
 
 def quantize_experts(model: nn.Module, bits: int = 8, group_size: int = 64) -> int:

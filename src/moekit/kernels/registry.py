@@ -64,10 +64,13 @@ def register(
 def _load(op: str) -> list[Kernel]:
     # they register themselves
     import moekit.kernels.cpu.attention
+    import moekit.kernels.cpu.cached_attention
     import moekit.kernels.cpu.cross_entropy
     import moekit.kernels.cpu.decode
     import moekit.kernels.cpu.elementwise
     import moekit.kernels.cpu.expert_layer
+    import moekit.kernels.cpu.linear
+    import moekit.kernels.cpu.norm
     import moekit.kernels.cpu.routing
     import moekit.kernels.expert_mlp  # noqa: F401
 

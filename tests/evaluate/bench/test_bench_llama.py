@@ -47,7 +47,7 @@ def test_llama_cpp_agrees_with_transformers(tmp_path):
         folder=tmp_path,
         threads=1,
         timing=TimingOptions(2, 0),
-        register_moekit=moekit.use_in_transformers,
+        use_moekit=moekit.use_in_transformers,
     )
     result = bench_result("model", cases, {}, ("llama-cpp",), "moekit bench model")
     check_result(result)
@@ -79,7 +79,7 @@ def test_another_models_file_is_refused(olmoe, tmp_path):
             formats=["bf16"],
             threads=1,
             timing=TimingOptions(1, 0),
-            register_moekit=moekit.use_in_transformers,
+            use_moekit=moekit.use_in_transformers,
         )
     assert [list(case["refused"]) for case in cases] == [["llama-cpp bf16"]] * 2
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import moekit
 from moekit.config.errors import ConfigError, MoekitError
 from moekit.evaluate.bench import decode, layer, model, peaks, step
 from moekit.evaluate.bench.compare import TimingOptions, compare
@@ -218,14 +217,29 @@ def test_step_needs_a_sparse_model():
         step.run_step(dense, against=(), timing=QUICK)
 
 
+def eager_as_moekit(model=None):
+    """Registers "moekit" as transformers' own arithmetic, in place of the plug-in."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register("moekit", ALL_EXPERTS_FUNCTIONS["batched_mm"])
+    if model is not None:
+        model.set_experts_implementation("moekit")
+
+
 def test_model_inside_transformers():
     needs_transformers()
-    cases = model.run_model(MODEL, register_moekit=moekit.use_in_transformers, threads=1, timing=QUICK)
+    cases = model.run_model(MODEL, use_moekit=eager_as_moekit, threads=1, timing=QUICK)
     accepted("model", cases, ("transformers",))
     prefill, decoding = cases
-    assert names(prefill) == ["moekit", "transformers grouped_mm", "transformers eager"]
+    assert names(prefill) == [
+        "moekit",
+        "moekit experts only",
+        "transformers grouped_mm",
+        "transformers eager",
+    ]
     assert names(decoding) == [
         "moekit",
+        "moekit experts only",
         "transformers grouped_mm",
         "transformers batched_mm",
         "transformers eager",
@@ -233,6 +247,36 @@ def test_model_inside_transformers():
     assert "decode only" in prefill["skipped"]["transformers batched_mm"]
     assert prefill["contestants"][0]["work"]["tokens"] == 12
     assert decoding["contestants"][0]["work"]["tokens"] == 3
+
+
+def test_model_without_the_plug_in_says_so():
+    needs_transformers()
+    cases = model.run_model(MODEL, threads=1, timing=QUICK)
+    assert "does not plug into transformers" in cases[0]["skipped"]["moekit"]
+    assert cases[0]["moekit_speedup"] is None
+
+
+def test_model_on_all_of_moekits_kernels():
+    """In the whole a `moekit.use_in_transformers(model)` that every other contestant undoes."""
+    needs_transformers()
+    from moekit.convert.transformers import undo, use_in_transformers
+
+    log = []
+
+    def use(olmoe=None):
+        log.append("plug" if olmoe is None else "use")
+        use_in_transformers(olmoe)
+
+    def take_back(olmoe):
+        log.append("undo")
+        undo(olmoe)
+
+    cases = model.run_model(MODEL, against=(), use_moekit=use, undo_moekit=take_back, threads=1, timing=QUICK)
+    accepted("model", cases)
+    assert names(cases[0]) == ["moekit", "moekit experts only"]
+    assert log[0] == "plug"
+    assert log.count("use") >= 4
+    assert log.count("undo") >= 2 * log.count("use") - 2
 
 
 def test_wrong_experts_of_a_model_are_refused():
@@ -245,11 +289,13 @@ def test_wrong_experts_of_a_model_are_refused():
     def wrong(self, hidden_states, indices, weights):
         return right(self, hidden_states, (indices + 1) % self.num_experts, weights)
 
-    def register():
+    def register(model=None):
         ALL_EXPERTS_FUNCTIONS.register("moekit", wrong)
+        if model is not None:
+            model.set_experts_implementation("moekit")
 
-    cases = model.run_model(MODEL, against=(), register_moekit=register, threads=1, timing=QUICK)
-    assert [list(case["refused"]) for case in cases] == [["moekit"], ["moekit"]]
+    cases = model.run_model(MODEL, against=(), use_moekit=register, threads=1, timing=QUICK)
+    assert [list(case["refused"]) for case in cases] == [["moekit", "moekit experts only"]] * 2
 
 
 def test_float32_logits_leave_the_model_as_it_was():
@@ -287,4 +333,4 @@ def test_model_shapes():
     with pytest.raises(ConfigError, match="--d-model must be a multiple of twice --heads"):
         ModelShape(d_model=60, heads=8)
     with pytest.raises(ConfigError, match="did you mean 'Q4_0'"):
-        model.run_model(MODEL, register_moekit=moekit.use_in_transformers, formats=["Q4_1"], threads=1)
+        model.run_model(MODEL, formats=["Q4_1"], threads=1)

@@ -1,8 +1,10 @@
 """`moekit bench model`: a whole OLMoE-shaped model, prefill of a prompt and decoding behind it.
 
-All contestants inside transformers are the same model object with another implementation of its experts, so there is
-one copy of the weights. llama.cpp reads GGUF files written from them. While decoding, everybody picks the next token
-greedily and is then given a fixed one, so that all do the same work and every logit can be compared.
+All contestants inside transformers are the same model object, so there is one copy of the weights: "moekit" is what
+`moekit.use_in_transformers(model)` makes of it, "moekit experts only" has moekit's experts in transformers'
+surroundings, and the others have another implementation of the experts. llama.cpp reads GGUF files written from them.
+While decoding, everybody picks the next token greedily and is then given a fixed one, so that all do the same work and
+every logit can be compared.
 
 Shape legend: S tokens, V vocabulary.
 """
@@ -42,6 +44,7 @@ _CLOSE = Tolerance(whole=0.05, row=0.03, share=0.8)
 _QUANTISED = Tolerance(
     whole=0.08, row=0.05, share=0.8
 )  # llama.cpp rounds activations to 8 bits there as well
+_WHOLE = "moekit and what stands around the experts"
 # bytes of an element, scales included
 _BYTES = {"bf16": 2.0, "Q8_0": 34 / 32, "Q4_0": 18 / 32}
 
@@ -51,7 +54,8 @@ def run_model(
     *,
     against: Sequence[str] = ("transformers",),
     formats: Sequence[str] = FORMATS,
-    register_moekit: Callable[[], object],
+    use_moekit: Callable[..., object] | None = None,
+    undo_moekit: Callable[[Any], object] = lambda model: None,
     folder: Path | None = None,
     threads: int,
     timing: TimingOptions = DEFAULT_TIMING,
@@ -63,7 +67,8 @@ def run_model(
         shape: sizes.
         against: peers; "transformers" brings all of its implementations.
         formats: GGUF types for llama.cpp.
-        register_moekit: makes "moekit" an implementation of experts in transformers.
+        use_moekit: `moekit.use_in_transformers`; None leaves moekit out.
+        undo_moekit: `moekit.convert.transformers.undo`.
         folder: where GGUF files stay, and are found again for the same shape and seed; a temporary one where None.
         threads: threads of llama.cpp.
         timing: how often everybody runs.
@@ -74,8 +79,11 @@ def run_model(
             raise ConfigError(f"--formats must list GGUF types; got {kind!r}. {nearest(kind, FORMATS)}")
     skipped: dict[str, str] = {}
     implementations: list[tuple[str, str, Role]] = []
-    register_moekit()
-    implementations.append(("moekit", "moekit", "moekit"))
+    if use_moekit is None:
+        skipped["moekit"] = "does not plug into transformers here: run_model was given no use_moekit"
+    else:
+        use_moekit()
+        implementations += [("moekit", _WHOLE, "moekit"), ("moekit experts only", "moekit", "moekit")]
     if "transformers" in against:
         implementations += [
             (f"transformers {each}", each, "peer") for each in ("grouped_mm", "batched_mm", "eager")
@@ -85,7 +93,7 @@ def run_model(
     ids = torch.randint(shape.vocab_size, (shape.context,), generator=random)
     logits = cache(lambda: float32_logits(model, ids))
     players: list[_Player] = [
-        _Transformers(name, role, logits, _CLOSE, 2.0, model, implementation)
+        _Transformers(name, role, logits, _CLOSE, 2.0, model, implementation, use_moekit, undo_moekit)
         for name, implementation, role in implementations
     ]
     with contextlib.ExitStack() as stack:
@@ -210,10 +218,16 @@ class _Player:
 class _Transformers(_Player):
     model: Any
     implementation: str
+    use_moekit: Callable[..., object] | None
+    undo_moekit: Callable[[Any], object]
     cache: Any = None
 
     def reset(self, length: int) -> None:
-        self.model.set_experts_implementation(self.implementation)
+        self.undo_moekit(self.model)
+        if self.implementation == _WHOLE and self.use_moekit is not None:
+            self.use_moekit(self.model)
+        else:
+            self.model.set_experts_implementation(self.implementation)
         if length == 0 or self.cache is None:
             from transformers import DynamicCache
 
