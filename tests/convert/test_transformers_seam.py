@@ -175,6 +175,7 @@ class Experts(nn.Module):
             True,
         )
         self.num_experts, self._is_expert_parallel = n, False
+        self.has_post_expert_norm, self.post_expert_norm = False, nn.Identity()
         self.act_fn = {"silu": nn.functional.silu, "gelu": nn.functional.gelu, "tanh": torch.tanh,
                        "relu2": lambda x: x.relu() ** 2, "gelu_tanh": nn.GELU("tanh")}[act]  # fmt: skip
         self._gate = gate
@@ -279,6 +280,7 @@ def test_experts_of_another_rank_add_nothing() -> None:
     [
         ({"act": "tanh"}, "Experts: its activation is none of moekit's; transformers' grouped_mm computes"),
         ({"size": (8, 40, 32)}, "d_model must be a multiple of 32; got 40"),
+        ({"has_post_expert_norm": True}, "do not know what has_post_expert_norm means"),
     ],
 )
 def test_what_it_cannot_do_falls_back_and_says_so_once(module, reason) -> None:

@@ -284,6 +284,10 @@ def _described(module: nn.Module) -> ExpertWeights | str:
 
 def _look_at(module: nn.Module, parts: tuple[Tensor | None, ...]) -> ExpertWeights | str:
     w_in, w_out, b_in, b_out = parts
+    # a later transformers gives some experts more than two maps, a gate and biases: has_post_expert_norm, for one
+    more = sorted(name for name, value in vars(module).items() if name.startswith("has_") and value is True)
+    if unknown := [name for name in more if name not in ("has_gate", "has_bias")]:
+        return f"moekit's kernels do not know what {unknown[0]} means"
     if w_in is None or w_out is None or w_in.ndim != 3 or w_out.ndim != 3:
         return f"its weights must be {' and '.join(_names(module).parts[:2])} of three dimensions"
     seen = _activation_of(module)
