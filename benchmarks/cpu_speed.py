@@ -115,8 +115,18 @@ def _write(cases: dict[str, list[dict[str, Any]]]) -> None:
         "a dense layer, or the dense twin, of equal active size. Above 1 moekit is faster.",
         ["case", "contestant", "ms", "GFLOP/s or GB/s", "against peer", "against dense"],
         [row for part in cases.values() for case in part for row in _rows(case)],
-        cases=cases,
+        cases={name: [_short(case) for case in part] for name, part in cases.items()},
     )
+
+
+def _short(case: dict[str, Any]) -> dict[str, Any]:
+    """A case without every round's time and every tensor's deviation."""
+    rows = [
+        {key: value for key, value in each.items() if key != "deviations"}
+        | {"seconds": {key: value for key, value in each["seconds"].items() if key != "samples"}}
+        for each in case["contestants"]
+    ]
+    return {**case, "contestants": rows}
 
 
 def _rows(case: dict[str, Any]) -> list[list[str]]:
