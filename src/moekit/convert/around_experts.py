@@ -37,9 +37,7 @@ def register() -> None:
 def install(model: nn.Module) -> None:
     """Replace the forward of the model's linear maps and norms, and let its caches grow in place; see `remove`."""
     for module in model.modules():
-        if (
-            "forward" in module.__dict__
-        ):  # somebody else's (or ours already): theirs may do more than the class's
+        if "forward" in module.__dict__:  # ours already, or somebody else's that may do more than the class's
             continue
         if type(module) is nn.Linear:
             # a partial, not a method: it is copied and pickled with the module that it belongs to

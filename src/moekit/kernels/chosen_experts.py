@@ -37,13 +37,11 @@ def chosen_experts(
     if misfit := kernel.fits(weights):
         return misfit
     flat, row_weight, top_k = expert_index.reshape(-1), expert_weight.reshape(-1), expert_index.shape[1]
-    here = (flat >= 0) & (flat < weights.n_experts)
-    if bool(here.all()):
-        order, counts = sort_by_expert(flat, weights.n_experts)
-    else:
-        kept = here.nonzero()[:, 0]
-        order, counts = sort_by_expert(flat[kept], weights.n_experts)
-        order = kept[order]
+    # experts of other ranks go behind the last one and are cut off
+    elsewhere = (flat < 0) | (flat >= weights.n_experts)
+    order, counts = sort_by_expert(flat.masked_fill(elsewhere, weights.n_experts), weights.n_experts + 1)
+    counts = counts[: weights.n_experts]
+    order = order[: int(counts.sum())]
     rows = order.div(top_k, rounding_mode="floor"), row_weight.index_select(0, order)
     result: Tensor = kernel.function(tokens, *rows, counts, weights, dtype)
     return result

@@ -29,11 +29,15 @@ def sort_by_expert(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """
     kernel = _kernel("sort_by_expert", experts)
     if kernel is None:
-        counts = torch.zeros(n_experts, dtype=torch.long, device=experts.device)
-        counts = counts.scatter_add_(0, experts, torch.ones_like(experts))  # deterministic on every device
-        return torch.argsort(experts, stable=True), counts
+        return torch.argsort(experts, stable=True), count_per_expert(experts, n_experts)
     sorted_rows: tuple[Tensor, Tensor] = kernel.function(experts, n_experts)
     return sorted_rows
+
+
+def count_per_expert(expert_index: Tensor, n_experts: int) -> Tensor:
+    """`[n_experts]` how often each expert occurs; deterministic on every device."""
+    counts = torch.zeros(n_experts, dtype=torch.long, device=expert_index.device)
+    return counts.scatter_add_(0, expert_index, torch.ones_like(expert_index))
 
 
 def _kernel(op: str, x: Tensor) -> Kernel | None:

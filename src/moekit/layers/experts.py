@@ -70,14 +70,15 @@ class StackedMLP(nn.Module):
         kernel = find("expert_layer", device, dtype, self.kernel)
         if kernel is None:
             return None
-        misfit = kernel.fits(self.weights)
+        weights = self.weights
+        misfit = kernel.fits(weights)
         if misfit and self.kernel != "auto":
             raise ConfigError(
                 f"kernel {self.kernel!r} cannot compute these experts: {misfit}. Use kernel: auto"
             )
         if misfit:
             return None
-        rows = (tokens, token_index, row_weight, tokens_per_expert, self.weights, dtype)
+        rows = (tokens, token_index, row_weight, tokens_per_expert, weights, dtype)
         mixed: Tensor | None = None if torch.is_grad_enabled() else decoded_rows(*rows)
         return kernel.function(*rows) if mixed is None else mixed
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from moekit.kernels.routing import sort_by_expert
+from moekit.kernels.routing import count_per_expert, sort_by_expert
 
 
 @dataclass(frozen=True)
@@ -218,12 +218,6 @@ class RoutingPlan:
         """The plan with `function` applied to the combine weights."""
         slots = None if self.slots is None else replace(self.slots, combine=function(self.slots.combine))
         return replace(self, row_weight=function(self.row_weight), slots=slots)
-
-
-def count_per_expert(expert_index: Tensor, n_experts: int) -> Tensor:
-    """`[n_experts]` how often each expert occurs; deterministic on every device."""
-    counts = torch.zeros(n_experts, dtype=torch.long, device=expert_index.device)
-    return counts.scatter_add_(0, expert_index, torch.ones_like(expert_index))
 
 
 def mean_over_tokens(values: Tensor, token_mask: Tensor | None) -> Tensor:

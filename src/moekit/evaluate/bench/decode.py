@@ -28,6 +28,7 @@ from moekit.evaluate.bench.experts_of_transformers import (
     too_large,
 )
 from moekit.evaluate.bench.limits import read_gauge
+from moekit.evaluate.bench.sizes import check_sizes
 from moekit.evaluate.machine import memory
 from moekit.kernels.cpu.decode import expert_decode
 from moekit.kernels.expert_weights import ExpertWeights
@@ -52,11 +53,7 @@ class DecodeShape:
     layers: int = 3
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            require(value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")
-        require(
-            self.top_k <= self.experts, "--top-k", self.top_k, f"must be at most --experts ({self.experts})"
-        )
+        check_sizes(self)
 
     @property
     def expert_elements(self) -> int:

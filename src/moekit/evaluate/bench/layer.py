@@ -37,6 +37,7 @@ from moekit.evaluate.bench.experts_of_transformers import (
 )
 from moekit.evaluate.bench.limits import matrix_gauge
 from moekit.evaluate.bench.peaks import add_peaks
+from moekit.evaluate.bench.sizes import check_sizes
 from moekit.kernels.expert_weights import ExpertWeights
 from moekit.layers.combine import combine
 from moekit.layers.dispatch import dispatch
@@ -62,11 +63,7 @@ class LayerShape:
     top_k: int
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            require(value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")
-        require(
-            self.top_k <= self.experts, "--top-k", self.top_k, f"must be at most --experts ({self.experts})"
-        )
+        check_sizes(self)
 
     @property
     def forward_flops(self) -> float:

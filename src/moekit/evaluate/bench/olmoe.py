@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moekit.config.errors import require
+from moekit.evaluate.bench.sizes import check_sizes
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,7 @@ class ModelShape:
     new_tokens: int = 32
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            require(value >= 1, f"--{name.replace('_', '-')}", value, "must be at least 1")
-        require(
-            self.top_k <= self.experts, "--top-k", self.top_k, f"must be at most --experts ({self.experts})"
-        )
+        check_sizes(self)
         require(self.d_model % (2 * self.heads) == 0, "--d-model", self.d_model,
                 f"must be a multiple of twice --heads ({self.heads})")  # fmt: skip
 

@@ -111,11 +111,16 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
+@functools.cache
+def _version(compiler: str) -> str:
+    """What the compiler says of itself; asked once, not for each library."""
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+
+
 def _key(source: Path, compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     has = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
     texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
-    parts = [texts, torch.__version__, str(_torch_folder()), compiler, version, FLAGS, has]
+    parts = [texts, torch.__version__, str(_torch_folder()), compiler, _version(compiler), FLAGS, has]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -14,14 +14,11 @@
 // hidden state, so that a weight is fetched once per chunk. Rows of a chunk are padded with zeros to a multiple of 16.
 // What is kept for the backward pass lies per chunk as [G*F][rows of the chunk], gates first.
 
-#include <ATen/native/CPUBlas.h>
 #include <sys/mman.h>
 
-#include "common.h"
+#include "tiles.h"
 
 namespace {
-
-using at::native::cpublas::brgemm;
 
 constexpr int64_t kRows = 64;  // rows of a block
 constexpr int64_t kTile = 64;  // outputs computed at a time
@@ -183,19 +180,9 @@ void transpose_columns(const float* from, int64_t stride, int64_t height, int64_
 // A tile of results [m][n] as rows: to[row * stride + 0..m) for the first `n_rows` columns, plus weight[row] * bias.
 template <class V>
 void store_transposed(const float* tile, int64_t m, int64_t n, int64_t n_rows, V* to, int64_t stride, const V* bias, const float* weight) {
-  for (int64_t c = 0; c < n; c += 16) {
-    for (int64_t i = 0; i < m; i += 16) {
-      __m512i r[16];
-      for (int j = 0; j < 16; j++) r[j] = _mm512_loadu_si512(tile + (i + j) * n + c);
-      transpose(r);
-      const __m512 b = bias ? load(bias + i) : _mm512_setzero_ps();
-      for (int j = 0; j < 16 && c + j < n_rows; j++) {
-        __m512 v = (__m512)r[j];
-        if (bias) v = _mm512_fmadd_ps(_mm512_set1_ps(weight[c + j]), b, v);
-        store(to + (c + j) * stride + i, v);
-      }
-    }
-  }
+  each_column(tile, m, n, n_rows, [&](int64_t c, int64_t i, __m512 v) {
+    store(to + c * stride + i, bias ? _mm512_fmadd_ps(_mm512_set1_ps(weight[c]), load(bias + i), v) : v);
+  });
 }
 
 // A tile of a weight's gradient [m][n] where it belongs: as it is, or as [n][m].
@@ -207,14 +194,7 @@ void store_gradient(const float* tile, int64_t m, int64_t n, Gradient* to, int64
     }
     return;
   }
-  for (int64_t j = 0; j < n; j += 16) {
-    for (int64_t i = 0; i < m; i += 16) {
-      __m512i r[16];
-      for (int k = 0; k < 16; k++) r[k] = _mm512_loadu_si512(tile + (i + k) * n + j);
-      transpose(r);
-      for (int k = 0; k < 16; k++) store(to + (j + k) * stride + i, (__m512)r[k]);
-    }
-  }
+  each_column(tile, m, n, n, [&](int64_t j, int64_t i, __m512 v) { store(to + j * stride + i, v); });
 }
 
 // ---------------------------------------------------------------- activations over a tile
@@ -323,7 +303,7 @@ void expect(void* from, int64_t bytes) {
 // Scratch memory of a thread that also gives the matrix unit back.
 struct Workspace : Scratch {
   using Scratch::Scratch;
-  ~Workspace() { at::native::cpublas::brgemm_release(); }
+  ReleaseProducts release;
 };
 
 template <class V>
