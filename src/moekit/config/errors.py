@@ -54,6 +54,10 @@ class Interrupted(MoekitError):
     exit_code = 143
 
 
+class UntaughtRouterWarning(UserWarning):
+    """A learned router whose choice the task's loss cannot improve."""
+
+
 def require(condition: object, field: str, value: object, rule: str, remedy: str = "") -> None:
     """Raise `ConfigError` unless `condition` holds.
 

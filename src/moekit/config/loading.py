@@ -15,6 +15,7 @@ from typing import Any
 import moekit
 from moekit.config.atomic import write_text
 from moekit.config.errors import ConfigError
+from moekit.config.task_run import TaskRunConfig
 from moekit.config.train import RunConfig
 from moekit.config.yamlio import dump_yaml, parse_yaml, read_yaml
 
@@ -28,7 +29,7 @@ def load_run_config(
     preset: Mapping[str, Any] | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """The configuration of a run: `preset`, then the YAML file at `path`, then `key.sub=value` overrides.
+    """The configuration of a language model's run: `preset`, then the YAML file at `path`, then overrides.
 
     Where `model` is given, it replaces the file's whole group of that name (it is what existing weights need).
 
@@ -41,6 +42,21 @@ def load_run_config(
     >>> load_run_config(None, ["train.steps=20", "train.optimizer.lr=3e-3"]).train.optimizer.lr
     0.003
     """
+    config = load_any_config(path, overrides, preset, model)
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"{path} describes a task (it has inputs and targets), but a language model is wanted here"
+        )
+    return config
+
+
+def load_any_config(
+    path: Path | str | None,
+    overrides: Sequence[str] = (),
+    preset: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> RunConfig | TaskRunConfig:
+    """As `load_run_config`, for a language model, or for a task where there are `inputs` or `targets`."""
     data: dict[str, Any] = dict(preset or {})
     lines: dict[str, int] = {}
     if path is not None:
@@ -52,8 +68,11 @@ def load_run_config(
     if model is not None:
         data["model"] = dict(model)
     changed = apply_overrides(data, overrides)
+    kind: type[RunConfig] | type[TaskRunConfig] = RunConfig
+    if "inputs" in data or "targets" in data:
+        kind = TaskRunConfig
     try:
-        return RunConfig.from_dict(data)
+        return kind.from_dict(data)
     except ConfigError as error:
         raise ConfigError(_with_lines(str(error), path, lines, changed)) from None
 
@@ -98,7 +117,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         ) from None
 
 
-def save_run_config(config: RunConfig, path: Path | str) -> None:
+def save_run_config(config: RunConfig | TaskRunConfig, path: Path | str) -> None:
     """Write `config` as YAML, atomically; `load_run_config(path)` gives an equal configuration."""
     write_text(Path(path), f"# moekit {moekit.__version__}\n{dump_yaml(config.to_dict())}")
 

@@ -19,6 +19,12 @@ class OptimizerConfig(StrictConfig):
     router_lr_scale: float = Field(default=1.0, gt=0, description="factor on lr for routers")
     expert_lr_scale: float = Field(default=1.0, gt=0, description="factor on lr for expert matrices")
     embedding_lr_scale: float = Field(default=1.0, gt=0, description="factor on lr for embeddings")
+    stem_lr_scale: float = Field(
+        default=1.0, gt=0, description="factor on lr for the tables of a task's stems"
+    )
+    wide_lr_scale: float = Field(
+        default=1.0, gt=0, description="factor on lr for the wide maps of tasks, which want 10 to 30"
+    )
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay of matrices")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's running-average factors")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
@@ -65,7 +71,7 @@ class DistillConfig(StrictConfig):
     temperature: float = Field(default=1.0, gt=0, description="divisor of both models' logits")
 
 
-ParameterGroup = Literal["routers", "experts", "embeddings", "matrices", "vectors"]
+ParameterGroup = Literal["routers", "experts", "embeddings", "matrices", "vectors", "stems", "wide"]
 
 
 class TrainConfig(StrictConfig):
