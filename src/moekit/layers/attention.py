@@ -126,7 +126,8 @@ class Attention(nn.Module):
 class AttentionMask:
     """What `attention_mask` is made from, and the mask itself once a layer asks for it.
 
-    A kernel that reads documents never needs the `[B, 1, S, L]` numbers. Arguments as in `attention_mask`.
+    A kernel that reads documents never needs the `[B, 1, S, L]` numbers. Arguments as in `attention_mask`; without
+    `causal` a token sees the later ones too, there is no cache and no window.
     """
 
     batch: int
@@ -135,20 +136,33 @@ class AttentionMask:
     device: torch.device
     segment_ids: Tensor | None = None
     token_mask: Tensor | None = None
+    causal: bool = True
     _made: dict[int | None, Tensor | None] = field(default_factory=dict, repr=False)
 
     @property
     def by_document(self) -> bool:
         """Whether the rule is just this: each token sees itself and the earlier ones of its document."""
-        return self.held == 0 and self.token_mask is None
+        return self.causal and self.held == 0 and self.token_mask is None
 
     def dense(self, window: int | None = None) -> Tensor | None:
         """`[B, 1, S, L]` bool, made once for each window, or None where causal says all."""
+        if window not in self._made and not self.causal:
+            self._made[window] = self._both_ways()
         if window not in self._made:
             self._made[window] = attention_mask(
                 self.batch, self.new, self.held, self.device, self.segment_ids, self.token_mask, window
             )
         return self._made[window]
+
+    def _both_ways(self) -> Tensor:
+        """Every token of a document sees all of it; padding is seen by itself alone, so that no row is empty."""
+        itself = torch.eye(self.new, dtype=torch.bool, device=self.device)
+        allowed = torch.ones_like(itself)[None]
+        if self.segment_ids is not None:
+            allowed = allowed & (self.segment_ids[:, :, None] == self.segment_ids[:, None, :])
+        if self.token_mask is not None:
+            allowed = allowed & self.token_mask.bool()[:, None, :]
+        return (allowed | itself)[:, None]
 
 
 def attention_mask(

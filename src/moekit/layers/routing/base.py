@@ -27,16 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.config.base import StrictConfig
-from moekit.config.errors import ConfigError, nearest, require
+from moekit.config.errors import ConfigError, UntaughtRouterWarning, nearest, require
 from moekit.config.moe import MoEConfig
 from moekit.layers.combine import straight_through_one
 from moekit.layers.plan import RoutingContext, RoutingPlan
 from moekit.layers.statistics import RoutingStats
-
-
-class UntaughtRouterWarning(UserWarning):
-    """A learned router whose choice the task's loss cannot improve."""
-
 
 ROUTERS: dict[str, type[Router]] = {}
 R = TypeVar("R", bound="type[Router]")
@@ -89,6 +84,7 @@ class Router(nn.Module):
         supports_bias: whether auxiliary-loss-free balancing can steer its choice through `expert_bias`.
         Options: its own options, a `StrictConfig`.
         n_experts: experts to choose from, null experts included.
+        expert_names: their names, where a rule gives them any.
         top_k: experts per token.
     """
 
@@ -96,6 +92,7 @@ class Router(nn.Module):
     causal: bool = True
     reads_history: bool = False
     supports_bias: ClassVar[bool] = False
+    expert_names: tuple[str, ...] = ()
     expert_bias: Tensor | None
 
     class Options(StrictConfig):

@@ -13,7 +13,7 @@ from torch import Tensor
 from moekit.config.base import StrictConfig
 from moekit.config.errors import ConfigError, require
 from moekit.config.moe import MoEConfig
-from moekit.layers.plan import RoutingContext, RoutingPlan
+from moekit.layers.plan import RoutingContext, RoutingPlan, mean_over_tokens
 from moekit.layers.routing.base import LearnedRouter, Router, normalize_chosen, register_router
 
 _TABLE_LIMIT = 1 << 22  # ids times experts that the hash router tabulates
@@ -115,6 +115,9 @@ class RuleRouter(LearnedRouter):
     Keywords hold for the keyword alone ("token"), from it to the end of its document ("onward"), or for the
     whole document ("sequence", which looks ahead and is therefore not causal; nor is a function, unless it
     says so by `function_is_causal`).
+
+    In mode "decide", `otherwise` names one expert for all tokens without a rule, so that nothing is learnt; and `teach`
+    trains the learned choice to say what the rules say, so that it goes on in their sense where they are silent.
     """
 
     class Options(StrictConfig):
@@ -130,12 +133,32 @@ class RuleRouter(LearnedRouter):
         scope: Literal["token", "onward", "sequence"] = Field(
             default="onward", description="where a keyword holds"
         )
+        otherwise: int | str | None = Field(
+            default=None,
+            description="expert (its number or name) of tokens that no rule names, in mode decide; as learned if null",
+        )
+        teach: float = Field(
+            default=0.0,
+            ge=0,
+            description="weight of a loss by which the learned choice follows the rules (decide)",
+        )
+        names: tuple[str, ...] = Field(
+            default=(), description="names of the experts, for answers and reports"
+        )
+        keywords: dict[str, tuple[str, ...]] = Field(
+            default_factory=dict,
+            description="words by the name of an expert: where a text is encoded, they become rules and names",
+        )
 
         @model_validator(mode="after")
         def _callable(self) -> RuleRouter.Options:
             value = self.function
             require(value is None or callable(value) or (isinstance(value, str) and ":" in value), "function",
                     value, "must be a callable or an import path 'package.module:name'")  # fmt: skip
+            for name, value in (("otherwise", self.otherwise is not None), ("teach", self.teach > 0)):
+                require(not value or self.mode == "decide", name, getattr(self, name), "needs mode: decide")
+            require(self.teach == 0 or self.otherwise is None, "teach", self.teach,
+                    "must be 0 with otherwise, which leaves no learned choice")  # fmt: skip
             return self
 
     options: Options
@@ -144,7 +167,12 @@ class RuleRouter(LearnedRouter):
         super().__init__(d_model, config, options)
         opts = self.options
         require(opts.rules or opts.function is not None, "router(rule)", "no rule",
-                "needs `rules` or a `function`", "See moekit.layers.routing.keyword_rules")  # fmt: skip
+                "needs `rules` or a `function`", "Keywords become rules where a task's text is encoded; elsewhere, see "
+                "moekit.layers.routing.keyword_rules")  # fmt: skip
+        require(len(opts.names) in (0, self.n_experts), "router(rule).names", list(opts.names),
+                f"must be as many as experts ({self.n_experts})")  # fmt: skip
+        self.expert_names = opts.names
+        self.otherwise = self._numbered(opts.otherwise)
         for rule in opts.rules:
             require(rule.expert < self.n_experts, "router(rule).rules.expert", rule.expert,
                     f"must be below n_experts ({self.n_experts})")  # fmt: skip
@@ -153,8 +181,20 @@ class RuleRouter(LearnedRouter):
         one_token = all(len(keyword) <= 1 for rule in opts.rules for keyword in rule.token_ids)
         self.reads_history = opts.function is not None or opts.scope != "token" or not one_token
 
+    def _numbered(self, expert: int | str | None) -> int | None:
+        """The expert's number."""
+        if isinstance(expert, str):
+            names = ", ".join(self.expert_names) or "none are given"
+            require(expert in self.expert_names, "router(rule).otherwise", expert,
+                    f"must be a number or one of the names: {names}")  # fmt: skip
+            return self.expert_names.index(expert)
+        require(expert is None or 0 <= expert < self.n_experts, "router(rule).otherwise", expert,
+                f"must be in 0..{self.n_experts - 1} (n_experts less 1)")  # fmt: skip
+        return expert
+
     def always_normalizes(self, options: StrictConfig) -> bool:
-        return True
+        # where rules teach it, or nothing is left to learn, a weight of 1 does no harm
+        return self.options.teach == 0 and self.options.otherwise is None
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         if context.token_ids is None:
@@ -168,15 +208,31 @@ class RuleRouter(LearnedRouter):
         probs = logits.softmax(dim=-1)
         index = probs.topk(self.top_k, dim=-1).indices
         chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, index, True)
+        losses: dict[str, Tensor] = {}
         if self.options.mode == "decide":
+            if self.otherwise is not None:
+                chosen = torch.zeros_like(chosen)
+                chosen[:, self.otherwise] = True
             # by score; the learned probabilities break ties
             learned = probs.detach().argsort(dim=-1, descending=True, stable=True)
             by_score = scores.gather(1, learned).argsort(dim=-1, descending=True, stable=True)
             named = learned.gather(1, by_score)[:, : self.top_k]
             by_rule = torch.zeros_like(chosen).scatter_(1, named, scores.gather(1, named) > 0)
-            chosen = torch.where((scores > 0).any(dim=-1, keepdim=True), by_rule, chosen)
+            spoken = (scores > 0).any(dim=-1)
+            chosen = torch.where(spoken[:, None], by_rule, chosen)
+            if self.options.teach > 0:
+                losses["rule_teaching"] = self.options.teach * self._unlike(logits, by_rule, spoken, context)
         weights = normalize_chosen(probs * chosen)
-        return RoutingPlan.from_mask(chosen, weights, context, router_logits=logits, router_probs=probs)
+        return RoutingPlan.from_mask(
+            chosen, weights, context, router_logits=logits, router_probs=probs, losses=losses
+        )
+
+    def _unlike(self, logits: Tensor, by_rule: Tensor, spoken: Tensor, context: RoutingContext) -> Tensor:
+        """Cross-entropy of the learned probabilities from the rules' experts, each with an equal share; the mean over
+        real tokens that a rule names, 0 where none does."""
+        counts = spoken if context.token_mask is None else spoken & context.token_mask
+        wanted = by_rule / by_rule.sum(dim=-1, keepdim=True).clamp(min=1)
+        return mean_over_tokens(-(wanted * logits.log_softmax(dim=-1)).sum(dim=-1), counts)
 
     def _scores(self, context: RoutingContext) -> Tensor:
         """`[T, E]` scores of function and keywords together."""
