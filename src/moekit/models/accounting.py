@@ -16,7 +16,9 @@ from moekit.config.attention import LatentAttentionConfig
 from moekit.config.encoder import EncoderConfig
 from moekit.config.model import AnyConfig, ModelConfig, TransformerXLConfig
 from moekit.config.moe import MoEConfig
+from moekit.config.task import TaskModelConfig
 from moekit.kernels.expert_weights import GATED
+from moekit.layers.moe import MoE
 from moekit.layers.routing import build_router
 
 
@@ -32,13 +34,17 @@ class Cost:
         return Cost(self.total + other.total, self.active + other.active, self.matmul + other.matmul)
 
 
-def total_parameters(config: AnyConfig) -> int:
+def total_parameters(config: AnyConfig | TaskModelConfig) -> int:
     """All stored parameters."""
+    if isinstance(config, TaskModelConfig):
+        return _task(config).total
     return _cost(config).total
 
 
-def active_parameters(config: AnyConfig) -> int:
+def active_parameters(config: AnyConfig | TaskModelConfig) -> int:
     """Parameters that one token touches."""
+    if isinstance(config, TaskModelConfig):
+        return _task(config).active
     return _cost(config).active
 
 
@@ -155,6 +161,20 @@ def moe_cost(d_model: int, config: MoEConfig) -> Cost:
         cost = cost + Cost(config.d_out or d_model, config.d_out or d_model, 0)
     constants = config.null_experts.constant * 3 * d_model
     return cost + Cost(constants, constants, 0)
+
+
+def _task(config: TaskModelConfig) -> Cost:
+    """Counted on the model itself, whose stems and heads are of many kinds; tables count in full."""
+    from moekit.models.task_model import TaskModel
+
+    with torch.device("meta"):
+        model = TaskModel(config)
+    total = sum(p.numel() for p in model.parameters())
+    costs = [moe_cost(config.d_model, layer.config) for layer in model.moe_layers if isinstance(layer, MoE)]
+    untouched = sum(cost.total - cost.active for cost in costs)
+    if model.task_experts is not None:
+        untouched += model.task_experts.untouched
+    return Cost(total, total - untouched, 0)
 
 
 def _encoder(config: EncoderConfig) -> Cost:

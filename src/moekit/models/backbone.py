@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moekit.config.backbone import BackboneConfig
 from moekit.config.errors import ConfigError
-from moekit.config.model import ModelConfig
 from moekit.layers.attention import Attention, AttentionMask, KeyValueCache
+from moekit.layers.cross_attention import CrossAttention, Memory
 from moekit.layers.experts import MLP
 from moekit.layers.latent_attention import LatentAttention
 from moekit.layers.moe import MoE
@@ -23,11 +26,25 @@ from moekit.layers.rotary import RotaryEmbedding
 
 @dataclass
 class BackboneOutput:
-    """Hidden states `[B, S, D]` after the last norm, mean auxiliary losses, the plan of each sparse layer."""
+    """What a pass through all layers gives.
+
+    Attributes: hidden_states `[B, S, D]` after the last norm; aux_losses: auxiliary losses by name, each the mean over
+        the sparse layers that have it; routing and layer_losses: plan and losses of each sparse layer.
+    """
 
     hidden_states: Tensor
     aux_losses: dict[str, Tensor] = field(default_factory=dict)
     routing: tuple[RoutingPlan, ...] = ()
+    layer_losses: tuple[dict[str, Tensor], ...] = ()
+
+
+def mean_losses(layers: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Each loss by name, the mean over the layers that have it: a router without probabilities has no balance loss."""
+    found: dict[str, list[Tensor]] = {}
+    for losses in layers:
+        for name, loss in losses.items():
+            found.setdefault(name, []).append(loss)
+    return {name: torch.stack(losses).mean() for name, losses in found.items()}
 
 
 @dataclass(frozen=True)
@@ -40,22 +57,32 @@ class LayerInputs:
     token_mask: Tensor | None
     segment_ids: Tensor | None
     cache: KeyValueCache | None
+    memory: Memory | None = None
 
 
 class BackboneLayer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), the latter an MLP or a MoE."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), the latter an MLP or a MoE.
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    With `cross` there is x + cross_attention(norm(x), memory) between them.
+    """
+
+    def __init__(
+        self, config: BackboneConfig, index: int, may_look_ahead: bool = False, cross: bool = False
+    ) -> None:
         super().__init__()
         self.index = index
+        self.dropout = config.dropout
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = _attention(config, index)
+        self.cross_attention_norm = RMSNorm(config.d_model, config.norm_eps) if cross else None
+        self.cross_attention = _cross_attention(config) if cross else None
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward: MoE | MLP
         moe = config.moe_of(index)
         if moe is not None:
             self.feed_forward = MoE(config.d_model, moe)
-            _refuse_lookahead(self.feed_forward, config)
+            if not may_look_ahead:
+                _refuse_lookahead(self.feed_forward)
         else:
             self.feed_forward = MLP(
                 config.d_model, config.d_ff, activation=config.activation, bias=config.mlp_bias
@@ -70,11 +97,15 @@ class BackboneLayer(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], RoutingPlan | None]:
         dense = isinstance(self.feed_forward, MLP)
         normed = self.attention_norm(x, for_products=True)
-        attended = self.attention(normed, inputs.rotary, inputs.mask, inputs.cache, self.index)
+        attended = self._dropped(self.attention(normed, inputs.rotary, inputs.mask, inputs.cache, self.index))
+        if self.cross_attention is not None and self.cross_attention_norm is not None:
+            assert inputs.memory is not None
+            x, normed = self.cross_attention_norm.add(x, attended, for_products=True)
+            attended = self._dropped(self.cross_attention(normed, inputs.memory, inputs.rotary, self.index))
         # a router reads the norm in full precision
         x, normed = self.feed_forward_norm.add(x, attended, for_products=dense)
         if isinstance(self.feed_forward, MLP):
-            return x + self.feed_forward(normed), {}, None
+            return x + self._dropped(self.feed_forward(normed)), {}, None
         out = self.feed_forward(
             normed,
             token_ids=inputs.token_ids,
@@ -82,16 +113,36 @@ class BackboneLayer(nn.Module):
             segment_ids=inputs.segment_ids,
             earlier_counts=earlier_counts,
         )
-        return x + out.hidden_states.to(x.dtype), out.aux_losses, out.routing
+        return x + self._dropped(out.hidden_states.to(x.dtype)), out.aux_losses, out.routing
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
 
 class Backbone(nn.Module):
-    """Layers and the last norm on vectors `[B, S, D]`; `recompute` trades time for activation memory."""
+    """Layers and the last norm on vectors `[B, S, D]`; `recompute` trades time for activation memory.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: of the layers.
+        causal: whether a token sees the earlier ones alone.
+        may_look_ahead: accept routers and drop policies that see later tokens; without `causal` they always may.
+        cross: every layer also attends to a memory, as a decoder behind an encoder does.
+    """
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        *,
+        causal: bool = True,
+        may_look_ahead: bool = False,
+        cross: bool = False,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(BackboneLayer(config, index) for index in range(config.n_layers))
+        self.config, self.causal, self.cross = config, causal, cross
+        free = may_look_ahead or not causal
+        self.layers = nn.ModuleList(
+            BackboneLayer(config, index, free, cross) for index in range(config.n_layers)
+        )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.rotary = RotaryEmbedding(
             config.rotary_width, config.max_seq_len, config.rope_theta, config.rope_scaling
@@ -112,6 +163,7 @@ class Backbone(nn.Module):
         token_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         earlier_counts: list[Tensor] | None = None,
+        memory: Memory | None = None,
     ) -> BackboneOutput:
         """Run all layers.
 
@@ -122,7 +174,12 @@ class Backbone(nn.Module):
             token_mask: `[B, S]` False at padding. Not with a cache.
             cache: keys and values of earlier tokens; the new ones are appended.
             earlier_counts: per sparse layer, see `RoutingContext`.
+            memory: what the layers also look at; needed with `cross`, and only there.
         """
+        if self.cross != (memory is not None):
+            raise ConfigError(
+                f"memory must be {'given' if self.cross else 'left out'}: cross is {self.cross} in this backbone"
+            )
         batch, length, _ = x.shape
         held = cache.length if cache is not None else 0
         if cache is not None and (segment_ids is not None or token_mask is not None):
@@ -135,11 +192,15 @@ class Backbone(nn.Module):
                 "function, or with keywords that hold beyond themselves), because it holds none; "
                 "call the model on the whole text without a cache"
             )
-        mask = AttentionMask(batch, length, held, x.device, segment_ids, token_mask)
+        if cache is not None and not self.causal:
+            raise ConfigError("a cache needs a causal backbone: in this one later tokens change earlier ones")
+        mask = AttentionMask(batch, length, held, x.device, segment_ids, token_mask, self.causal)
         rotary = self.rotary(held, length, x)
-        inputs = LayerInputs(rotary, mask, token_ids, token_mask, segment_ids, cache)
+        if memory is not None and memory.rotary is None:
+            memory = replace(memory, rotary=self.rotary(0, memory.x.shape[1], x))
+        inputs = LayerInputs(rotary, mask, token_ids, token_mask, segment_ids, cache, memory)
         counts = iter(earlier_counts or [])
-        found: dict[str, list[Tensor]] = {}
+        found: list[dict[str, Tensor]] = []
         plans: list[RoutingPlan] = []
         for layer in self.layers:
             earlier = next(counts, None) if isinstance(layer.feed_forward, MoE) else None
@@ -147,15 +208,13 @@ class Backbone(nn.Module):
                 x, losses, plan = checkpoint(layer, x, inputs, earlier, use_reentrant=False)
             else:
                 x, losses, plan = layer(x, inputs, earlier)
-            for name, loss in losses.items():
-                found.setdefault(name, []).append(loss)
+            if losses:
+                found.append(losses)
             if plan is not None:
                 plans.append(plan)
         if cache is not None:
             cache.advance(length)
-        # of the layers that have it: a router without probabilities has no load-balance loss
-        means = {name: torch.stack(losses).mean() for name, losses in found.items()}
-        return BackboneOutput(self.norm(x), means, tuple(plans))
+        return BackboneOutput(self.norm(x), mean_losses(found), tuple(plans), tuple(found))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -178,8 +237,8 @@ class Backbone(nn.Module):
                 module.reset_parameters(std)
 
 
-def _refuse_lookahead(layer: MoE, config: ModelConfig) -> None:
-    if layer.causal or config.allow_noncausal_router:
+def _refuse_lookahead(layer: MoE) -> None:
+    if layer.causal:
         return
     cause = f"router {layer.router.name!r} looks at later tokens"
     if layer.router.causal:
@@ -190,7 +249,18 @@ def _refuse_lookahead(layer: MoE, config: ModelConfig) -> None:
     )
 
 
-def _attention(config: ModelConfig, index: int) -> Attention | LatentAttention:
+def _cross_attention(config: BackboneConfig) -> CrossAttention:
+    return CrossAttention(
+        config.d_model,
+        config.n_heads,
+        config.kv_heads,
+        config.head_width,
+        bias=config.attention_bias,
+        out_bias=config.attention_out_bias,
+    )
+
+
+def _attention(config: BackboneConfig, index: int) -> Attention | LatentAttention:
     biases = {"bias": config.attention_bias, "out_bias": config.attention_out_bias}
     if config.latent_attention is not None:
         scale = config.rope_scaling.score_scale if config.rope_scaling is not None else 1.0

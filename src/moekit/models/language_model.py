@@ -31,7 +31,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.stem = TokenStem(config.vocab_size, config.d_model, config.embedding_scale)
-        self.backbone = Backbone(config)
+        self.backbone = Backbone(config, may_look_ahead=config.allow_noncausal_router)
         self.head = LanguageModelHead(
             config.vocab_size, config.d_model, self.stem.weight if config.tie_embeddings else None
         )
