@@ -33,9 +33,8 @@ def unpack(archive: Path, folder: Path, members: Sequence[str] = ("*",)) -> list
 
     Returns: the paths that were written, relative to `folder`, sorted.
 
-    Raises: DataError: for a path that is absolute or leaves the folder, a link, a device, a double, too many
-        members or
-            too many bytes, or a file that is no such archive.
+    Raises: DataError: for a path that is absolute or leaves the folder, a link (a hard link only where it matches a
+        pattern), a device, a double, too many members or too many bytes, or a file that is no such archive.
     """
     written: list[str] = []
     total = 0
@@ -46,9 +45,11 @@ def unpack(archive: Path, folder: Path, members: Sequence[str] = ("*",)) -> list
             if count > MAX_MEMBERS:
                 raise DataError(f"{archive.name}: more than {MAX_MEMBERS} members; refused")
             path = _safe_path(archive, name)
-            if kind == "other":
+            wanted = any(fnmatch.fnmatchcase(path, pattern) for pattern in members)
+            # packages of Debian store equal files as hard links; where none is asked for, none is made
+            if kind == "other" or (kind == "hard link" and wanted):
                 raise DataError(f"{archive.name}: member {name!r} is a link or a device; refused")
-            if kind == "folder" or not any(fnmatch.fnmatchcase(path, pattern) for pattern in members):
+            if kind != "file" or not wanted:
                 continue
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,7 @@ def _copy(archive: Path, name: str, stream: IO[bytes], target: Path, left: int) 
 
 
 def _members(archive: Path) -> Iterator[tuple[str, str, IO[bytes]]]:
-    """(name, "file" | "folder" | "other", stream) of each member; the stream is open until the next one."""
+    """(name, "file", "folder", "hard link" or "other", stream) of each; the stream is open until the next one."""
     if archive.name.endswith((".zip", ".whl")):
         yield from _zip_members(archive)
     elif archive.name.endswith(".deb"):
@@ -106,8 +107,8 @@ def _members(archive: Path) -> Iterator[tuple[str, str, IO[bytes]]]:
 def _tar_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, IO[bytes]]]:
     for member in tar:
         stream = tar.extractfile(member) if member.isreg() else None
-        kind = "file" if stream is not None else "folder" if member.isdir() else "other"
-        yield member.name, kind, stream  # type: ignore[misc]
+        kind = "hard link" if member.islnk() else "folder" if member.isdir() else "other"
+        yield member.name, "file" if stream is not None else kind, stream  # type: ignore[misc]
 
 
 def _zip_members(archive: Path) -> Iterator[tuple[str, str, IO[bytes]]]:

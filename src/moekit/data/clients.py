@@ -31,13 +31,13 @@ class Package:
     """One archive of a registry, pinned by its digest.
 
     Attributes:
-        client: the program that downloads it: "pip" (an sdist), "npm" or "apt".
+        client: the program that downloads it: "pip" (an sdist), "pip-wheel" (a wheel for any machine), "npm" or "apt".
         name, version: as the registry spells them.
         digest: "sha256:<hex>" or, as npm writes it, "sha512-<base64>".
         members: patterns of the files worth keeping, matched against paths in the archive.
     """
 
-    client: Literal["pip", "npm", "apt"]
+    client: Literal["pip", "pip-wheel", "npm", "apt"]
     name: str
     version: str
     digest: str
@@ -104,6 +104,20 @@ def download_with_pip(package: Package, folder: Path) -> Path:
     return _only_file(folder / "files", package)
 
 
+def download_with_pip_as_wheel(package: Package, folder: Path) -> Path:
+    """The wheel of `package` by pip, which checks the hash; nothing of it is installed or runs."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{package.name}=={package.version} --hash={package.digest}\n")
+    options = [
+        "download", "--no-deps", "--only-binary", ":all:", "--require-hashes", "--requirement", str(requirements),
+        "--ignore-requires-python",  # nothing of it runs, so the Python that its code needs does not matter
+        "--dest", str(folder / "files"), "--disable-pip-version-check", "--no-input", "--quiet", "--no-cache-dir",
+        "--timeout", "20", "--retries", "2",
+    ]  # fmt: skip
+    _run([*_pip_command(), *options], folder, package, {})
+    return _only_file(folder / "files", package)
+
+
 def _pip_command() -> list[str]:
     """How to start pip: of the running Python, else the copy that ensurepip carries, else any on the PATH."""
     import importlib.util
@@ -161,6 +175,7 @@ def download_with_apt(package: Package, folder: Path) -> Path:
 
 CLIENTS: dict[str, Callable[[Package, Path], Path]] = {
     "pip": download_with_pip,
+    "pip-wheel": download_with_pip_as_wheel,
     "npm": download_with_npm,
     "apt": download_with_apt,
 }
@@ -196,6 +211,8 @@ def _run(command: Sequence[str], folder: Path, package: Package, extra: Mapping[
     if result.returncode == 0:
         return
     output = result.stdout.decode("utf-8", errors="replace")
+    if package.client == "apt" and (hint := _apt_hint(package, output)):
+        raise RegistryUnavailable(f"apt could not fetch {package.name} {package.version}: {hint}")
     if "DO NOT MATCH THE HASHES" in output:
         raise DataError(
             f"{package.name} {package.version} does not match its recorded hash; "
@@ -204,6 +221,22 @@ def _run(command: Sequence[str], folder: Path, package: Package, extra: Mapping[
     raise RegistryUnavailable(
         f"{package.client} could not fetch {package.name} {package.version}:\n{_tail(output)}"
     )
+
+
+def _apt_hint(package: Package, output: str) -> str:
+    """What to do where apt knows no such version, or no such package; empty for other failures."""
+    if f"Version '{package.version}' for '{package.name}' was not found" in output:
+        return (
+            "the archive that this machine uses has another version and not the pinned one (Debian's archive keeps "
+            "one version for each release). A newer moekit may pin the new one; "
+            f"apt-cache policy {package.name} shows what there is"
+        )
+    if "Unable to locate package" in output:
+        return (
+            "apt knows no such package here. Fetch its lists (apt-get update), on Debian or with an archive of "
+            "Debian among its sources"
+        )
+    return ""
 
 
 def _tail(output: str, lines: int = 4) -> str:

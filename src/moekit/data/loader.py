@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,6 +47,15 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device."""
         return Batch(*(getattr(self, item.name).to(device, non_blocking=True) for item in fields(self)))
+
+    def arguments(self) -> dict[str, Tensor]:
+        """What a language model is called with."""
+        return {"token_ids": self.token_ids, "targets": self.targets, "segment_ids": self.segment_ids}
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens, padding counted."""
+        return self.token_ids.numel()
 
     @property
     def token_mask(self) -> Tensor:
@@ -180,6 +189,16 @@ class TrainLoader:
     @property
     def tokens_per_batch(self) -> int:
         return self.batch_size * self.seq_len
+
+    def layout(self) -> dict[str, Any]:
+        """What a position is bound to, by configuration key."""
+        return {
+            "train.batch_size": self.batch_size,
+            "data.seq_len": self.seq_len,
+            "data.order": self.order,
+            "data.domains": self.domains,
+            "train.seed": self.seed,
+        }
 
     def next_batch(self) -> Batch:
         """The next batch; moves the position on."""

@@ -145,21 +145,31 @@ def articles(tagged: str) -> Iterator[str]:
     >>> list(articles("好/a 消息/n\\n" + "字/n " * 50 + "。/w\\n新/a 闻/n\\n" + "字/n " * 50 + "。/w"))[1][:5]
     '新闻\\n字字'
     """
+    for lines in tagged_articles(tagged):
+        yield "\n".join(_untagged(line) for line in lines) + "\n"
+
+
+def tagged_articles(tagged: str) -> Iterator[list[str]]:
+    """The articles of `articles`, each as its lines of words with their tags."""
     article: list[str] = []
     body = 0
     for line in tagged.split("\n"):
-        text = "".join(word.rsplit("/", 1)[0] for word in line.split())
+        text = _untagged(line)
         if not text:
             continue
         headline = len(text) <= _LONGEST_HEADLINE and _is_headline(text)
         if headline and body >= _SHORTEST_BODY:
-            yield "\n".join(article) + "\n"
+            yield article
             article, body = [], 0
-        article.append(text)
+        article.append(line)
         if not headline:
             body += len(text)
     if article:
-        yield "\n".join(article) + "\n"
+        yield article
+
+
+def _untagged(line: str) -> str:
+    return "".join(word.rsplit("/", 1)[0] for word in line.split())
 
 
 def _is_headline(text: str) -> bool:
