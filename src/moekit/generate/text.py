@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from moekit.config.errors import ConfigError, require
 from moekit.config.model import ModelConfig, TransformerXLConfig
-from moekit.generate.cache import KVCache
 from moekit.generate.sampling import Sampler
+from moekit.layers.cache import KVCache
 
 
 class TextCodec(Protocol):

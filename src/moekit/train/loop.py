@@ -18,14 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moekit.config.backbone import BackboneConfig
 from moekit.config.errors import CheckpointError, ConfigError, NonFiniteError
-from moekit.config.model import ModelConfig
 from moekit.config.moe import BalanceConfig
+from moekit.config.sparse import SparseLayers
+from moekit.config.task import TaskModelConfig
 from moekit.config.train import TrainConfig
 from moekit.data.loader import Batch, TrainLoader
+from moekit.data.task_loader import TaskBatch, TaskLoader
 from moekit.layers.balancing import weighted_aux_loss
 from moekit.layers.moe import MoE
 from moekit.layers.statistics import RoutingStats, add_stats, routing_stats
+from moekit.models.task_experts import Mixture
 from moekit.train.device import autocast, resolve_device, resolve_dtype
 from moekit.train.distill import Distillation
 from moekit.train.memory import keep_freed_memory
@@ -39,13 +43,15 @@ from moekit.train.optimizer import (
 from moekit.train.schedules import learning_rate_scale
 
 Metrics = dict[str, Any]
+AnyBatch = Batch | TaskBatch
+AnyLoader = TrainLoader | TaskLoader
 
 
 class Trainer:
     """Trains one model on one loader; knows nothing of folders or screens.
 
     Args:
-        model: a language model of `moekit.models`; moved to the device of `config`.
+        model: a language model or a task's model of `moekit.models`; moved to the device of `config`.
         config: the training configuration.
         loader: where batches come from.
         should_stop: asked before every micro-batch; True ends `steps()` with the state ready to be saved.
@@ -56,7 +62,7 @@ class Trainer:
         self,
         model: nn.Module,
         config: TrainConfig,
-        loader: TrainLoader,
+        loader: AnyLoader,
         should_stop: Callable[[], bool] = lambda: False,
         distillation: Distillation | None = None,
     ) -> None:
@@ -67,6 +73,8 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model = model.to(self.device)
+        # a language model carries memory and is asked for logits only where somebody reads them
+        self.is_language = isinstance(loader, TrainLoader)
         self.distillation = None if distillation is None else distillation.to(self.device)
         # the decoder's layers lie in its backbone, Transformer-XL has its own
         recomputing: Any = getattr(model, "backbone", model)
@@ -81,7 +89,7 @@ class Trainer:
         self._aux: list[dict[str, float]] = []
 
     @property
-    def moe_layers(self) -> list[MoE]:
+    def moe_layers(self) -> list[MoE | Mixture]:
         """The sparse layers of the model."""
         return getattr(self.model, "moe_layers", [])
 
@@ -116,19 +124,16 @@ class Trainer:
                 return None
         return self._finish_step(batch)
 
-    def _micro_step(self, batch: Batch, n_targets: int) -> None:
+    def _micro_step(self, batch: AnyBatch, n_targets: int) -> None:
         earlier = [stats.requested_per_expert for stats in self._stats] if self._stats else None
-        kwargs = {"earlier_counts": earlier} if earlier else {}
+        kwargs: dict[str, Any] = {"earlier_counts": earlier} if earlier else {}
         with autocast(self.device, self.dtype):
-            out = self.model(
-                batch.token_ids,
-                targets=batch.targets,
-                segment_ids=batch.segment_ids,
-                memory=self._memory[self.micro],
-                return_logits=self.distillation is not None,
-                **kwargs,
-            )
-            matched = None if self.distillation is None else self.distillation.loss(batch, out.logits)
+            if self.is_language:
+                kwargs |= {"memory": self._memory[self.micro], "return_logits": self.distillation is not None}
+            out = self.model(**batch.arguments(), **kwargs)
+            matched = None
+            if self.distillation is not None and isinstance(batch, Batch):
+                matched = self.distillation.loss(batch, out.logits)
         # means over the whole batch: the loss counts by targets, the auxiliary losses by tokens (equally many in each)
         share, aux_share = out.n_targets / n_targets, 1 / self.config.accumulation
         task_loss = out.loss
@@ -137,8 +142,10 @@ class Trainer:
         loss = task_loss * share + weighted_aux_loss(out.aux_losses, self.balance) * aux_share
         self._require_finite(float(loss.detach()), f"loss of micro-batch {self.micro + 1}")
         loss.backward()
-        # rows of "shuffled" sequences do not go on in the next batch: what went before is another text
-        self._memory[self.micro] = out.memory if self.loader.order == "streams" else None
+        if self.is_language:
+            # rows of "shuffled" sequences do not go on in the next batch: what went before is another text
+            goes_on = isinstance(self.loader, TrainLoader) and self.loader.order == "streams"
+            self._memory[self.micro] = out.memory if goes_on else None
         self._losses.append(float(out.loss.detach()) * share)
         self._aux.append({name: float(value.detach()) * aux_share for name, value in out.aux_losses.items()})
         if matched is not None:
@@ -146,7 +153,7 @@ class Trainer:
         if out.routing:
             self._stats = add_stats(self._stats, routing_stats(out.routing))
 
-    def _finish_step(self, batch: Batch) -> Metrics:
+    def _finish_step(self, batch: AnyBatch) -> Metrics:
         norm = float(clip_gradients(self.optimizer, self.config.gradient_clip))
         self._require_finite(norm, "gradient norm")
         scale = learning_rate_scale(self.step, self.config.steps, self.config.schedule)
@@ -156,7 +163,7 @@ class Trainer:
         for layer, stats in zip(self.moe_layers, self._stats or [], strict=False):
             layer.router.after_step(stats, scale)
         self.step += 1
-        self.tokens += batch.token_ids.numel()
+        self.tokens += batch.n_tokens
         metrics: Metrics = {
             "step": self.step,
             "tokens": self.tokens,
@@ -250,20 +257,14 @@ class Trainer:
 
     def _layout(self) -> dict[str, Any]:
         """What the place in the data, the memory and a half-done step are bound to, by configuration key."""
-        return {
-            "train.batch_size": self.loader.batch_size,
-            "data.seq_len": self.loader.seq_len,
-            "data.order": self.loader.order,
-            "data.domains": self.loader.domains,
-            "train.seed": self.loader.seed,
-            "train.accumulation": self.config.accumulation,
-        }
+        return {**self.loader.layout(), "train.accumulation": self.config.accumulation}
 
     def _require_same_layout(self, state: Mapping[str, Any], bound: bool) -> None:
         """`bound`: the state holds gradients or memory of micro-batches, whose number may not change then."""
         here = self._layout()
         # a checkpoint that says nothing of domains is older than the choice of them
-        for key, value in {"data.domains": None, **state["layout"]}.items():
+        before = {"data.domains": None, **state["layout"]} if "data.domains" in here else state["layout"]
+        for key, value in before.items():
             if here[key] != value and (bound or key != "train.accumulation"):
                 raise CheckpointError(
                     f"{key} must be {_yaml(value)} as when the checkpoint was saved; got {_yaml(here[key])}. Its place "
@@ -331,7 +332,7 @@ def _nested(named: Mapping[str, Tensor], device: torch.device) -> dict[int, dict
 
 def _refuse_quantized(model: nn.Module) -> None:
     config = getattr(model, "config", None)
-    if isinstance(config, ModelConfig) and config.is_quantized:
+    if isinstance(config, BackboneConfig) and config.is_quantized:
         raise ConfigError(
             "model.moe.quantization and model.linear_quantization must be null to train: 8 and 4 bit weights have no "
             "gradient. Train the model that was quantised, then quantise it again: moekit compress quantize"
@@ -340,6 +341,8 @@ def _refuse_quantized(model: nn.Module) -> None:
 
 def _balance_of(model: nn.Module) -> BalanceConfig:
     config = getattr(model, "config", None)
-    if isinstance(config, ModelConfig) and config.moe is not None:
+    if isinstance(config, TaskModelConfig):
+        return config.balance
+    if isinstance(config, SparseLayers) and config.moe is not None:
         return config.moe.balance
     return BalanceConfig()

@@ -4,11 +4,13 @@
     routers       anything under `.router.`                                    router_lr_scale
     experts       stacked or module experts, anything under `.experts.`        expert_lr_scale
     embeddings    `TokenStem` and `nn.Embedding`, tied to the output or not    embedding_lr_scale
+    stems         tables of a task's stems; their maps are matrices            stem_lr_scale
+    wide          linear maps of a task from terms to classes, under `.wide.`  wide_lr_scale
     matrices      the rest                                                     1
 
-Matrices decay. Vectors (norms, biases, everything with one axis) and embeddings do not: they stand in a group
-of their own, `router_vectors`, `expert_vectors` and `vectors`. Shared experts see every token like the dense
-layers do, and count as such.
+Matrices, stems and wide maps decay. Vectors (norms, biases, everything with one axis) and embeddings do not: they
+stand in a group of their own, `router_vectors`, `expert_vectors` and `vectors`. Shared experts see every token like
+the dense layers do, and count as such.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from moekit.models.stems import TokenStem
 
 _EXPERTS = (StackedMLP, ModuleExperts, NullExperts, ExpertGroups)
 _EMBEDDINGS = (nn.Embedding, TokenStem)
+_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_DECAYING = ("matrices", "experts", "routers", "stems", "wide")
 _STACKED = (StackedMLP, NullExperts)  # the first axis counts experts, so that a bias has two
 _FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -50,6 +54,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         "matrices": 1.0,
         "vectors": 1.0,
         "embeddings": config.embedding_lr_scale,
+        "stems": config.stem_lr_scale,
+        "wide": config.wide_lr_scale,
         "experts": config.expert_lr_scale,
         "expert_vectors": config.expert_lr_scale,
         "routers": config.router_lr_scale,
@@ -60,7 +66,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         members[group].append(parameter)
     groups = [
         {"name": name, "params": members[name], "lr_scale": scale, "lr": config.lr * scale,
-         "weight_decay": config.weight_decay if name in ("matrices", "experts", "routers") else 0.0}
+         "weight_decay": config.weight_decay if name in _DECAYING else 0.0}
         for name, scale in scales.items()
         if members[name]
     ]  # fmt: skip
@@ -206,6 +212,8 @@ def _assign(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
         kinds = set(found.values())
         if kinds == {"embeddings", "matrices"}:
             kinds = {"embeddings"}  # the output shares the matrix of the embedding
+        elif kinds == {"stems", "matrices"}:
+            kinds = {"stems"}  # so does a head that reads a stem's table
         name = next(iter(found))
         roles = ", ".join(f"{other} in {group}" for other, group in found.items())
         require(len(kinds) == 1, f"parameter {name}", roles, "must have one role in the optimizer",
@@ -225,11 +233,16 @@ def _group_of(name: str, parameter: nn.Parameter, modules: Mapping[str, nn.Modul
             role = "expert"
         elif part.startswith("shared"):
             role = ""
+        elif part == "wide":
+            return "wide"
+        elif part == "stems":
+            # rows of tables are seen now and then, a map always: what suits the ones breaks the other
+            role = "" if isinstance(owners[-1], _MAPS) else "stem"
     if not role and isinstance(owners[-1], _EMBEDDINGS):
         return "embeddings"
     axes = parameter.ndim - isinstance(owners[-1], _STACKED)
     if axes < 2 or last.endswith("bias"):
-        return f"{role}_vectors" if role else "vectors"
+        return f"{role}_vectors" if role in ("router", "expert") else "vectors"
     return f"{role}s" if role else "matrices"
 
 

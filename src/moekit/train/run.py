@@ -16,7 +16,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -30,17 +30,21 @@ from torch import Tensor, nn
 from moekit import __version__
 from moekit.config.atomic import write_json
 from moekit.config.errors import CheckpointError, ConfigError, Interrupted, require
-from moekit.config.loading import load_run_config, save_run_config
+from moekit.config.loading import load_any_config, load_run_config, save_run_config
+from moekit.config.task_run import TaskRunConfig
 from moekit.config.train import RunConfig
-from moekit.data.loader import TrainLoader, evaluation_batches
-from moekit.data.prepare import PreparedData, prepare
+from moekit.data.encoding.whole import Encoding
+from moekit.data.examples import TaskData
+from moekit.data.prepare import PreparedData
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
 from moekit.models import build_model
 from moekit.models.accounting import active_parameters, total_parameters
+from moekit.models.task_model import TaskModel
 from moekit.train.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from moekit.train.distill import TeacherOpener, open_distillation
 from moekit.train.loop import Metrics, Trainer, balance_metrics, load_model_tensors
 from moekit.train.lora import add_lora, merge_lora
+from moekit.train.material import AnyRunConfig, Material, material_of
 from moekit.train.optimizer import freeze_all_but
 from moekit.train.terminal import TrainingView
 from moekit.train.trackers import MetricsLog, make_trackers, read_metrics
@@ -82,14 +86,14 @@ class Start:
 
 
 def train_run(
-    config: RunConfig, *, data: PreparedData | None = None, start: Start | None = None,
+    config: AnyRunConfig, *, data: PreparedData | TaskData | None = None, start: Start | None = None,
     open_teacher: TeacherOpener | None = None, quiet: bool = False,
 ) -> RunResult:  # fmt: skip
     """Train a model in a new folder.
 
     Args:
-        config: everything about the run.
-        data: prepared data where the caller has it already; prepared from `config.data` otherwise.
+        config: everything about the run: of a language model, or of a task.
+        data: prepared text or the examples where the caller has them already; made from `config.data` otherwise.
         start: weights to begin with; drawn at random where None.
         open_teacher: opens the teacher of `train.distill`.
         quiet: show nothing while training.
@@ -99,11 +103,12 @@ def train_run(
     """
     require(config.train.lora is None or start is not None, "train.lora", "set",
             "needs a trained model to adapt", "Name one: moekit train CONFIG --from MODEL")  # fmt: skip
-    config, data = _fit_to_data(config, data, quiet)
+    material = material_of(config, data, _reporter(quiet))
     # before there is a folder: what is wrong in the configuration leaves none behind
-    run = _Run(config, data, quiet, start, open_teacher)
-    folder = _new_folder(config)
-    data.tokenizer.save(folder / "tokenizer.json")
+    run = _Run(material, quiet, start, open_teacher)
+    config = material.config
+    folder = new_run_folder(config)
+    material.save(folder)
     for name, path in (start.files if start is not None else {}).items():
         shutil.copyfile(path, folder / name)
     write_json(
@@ -111,8 +116,8 @@ def train_run(
         {
             "moekit": __version__,
             "torch": torch.__version__,
-            "data_fingerprint": data.fingerprint,
-            "sources": [vars(source) for source in data.sources],
+            "data_fingerprint": material.fingerprint,
+            "sources": [vars(source) for source in material.sources],
             "total_parameters": total_parameters(config.model),
             "active_parameters": active_parameters(config.model),
             "trained_parameters": sum(p.numel() for p in run.trainer.model.parameters() if p.requires_grad),
@@ -142,14 +147,16 @@ def resume_run(
     no longer what the run was trained on; and those of `train_run`.
     """
     folder = _unfinished(Path(runs_dir)) if folder is None else Path(folder)
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{folder} is no run: it has no config.yaml. Give the folder that `moekit train` printed"
-        )
-    config = with_own_tokenizer(load_run_config(folder / "config.yaml", list(overrides)), folder)
-    config, data = _fit_to_data(config, None, quiet)
-    require_same_data(folder, data)
-    run = _Run(config, data, quiet, None, open_teacher)
+    config = load_any_config(_config_file(folder), list(overrides))
+    encoding = None
+    if isinstance(config, TaskRunConfig):
+        encoding = Encoding.load(folder, config.inputs, config.targets)
+    else:
+        config = with_own_tokenizer(config, folder)
+    material = material_of(config, None, _reporter(quiet), encoding)
+    config = material.config
+    require_same_data(folder, material)
+    run = _Run(material, quiet, None, open_teacher)
     if not run.load_newest(folder):
         _require_random_start(folder)
     if overrides:  # only now that they are known to fit: the run could not be resumed without them otherwise
@@ -157,7 +164,11 @@ def resume_run(
     return run.go(folder)
 
 
-def require_same_data(folder: Path, data: PreparedData) -> None:
+def _reporter(quiet: bool) -> Callable[[str], None] | None:
+    return None if quiet else lambda message: print(message, flush=True)
+
+
+def require_same_data(folder: Path, data: PreparedData | Material) -> None:
     """Raise `CheckpointError` unless `data` is what the run in `folder` was trained on."""
     expected = json.loads((folder / "run.json").read_text())["data_fingerprint"]
     if data.fingerprint != expected:
@@ -184,27 +195,64 @@ def load_run(folder: Path | str, device: str = "cpu") -> LoadedRun:
     Errors: `CheckpointError` where the folder is no run or holds no good checkpoint.
     """
     folder = Path(folder)
+    config = with_own_tokenizer(load_run_config(_config_file(folder), []), folder)
+    tensors, state = _newest_weights(folder)
+    model = build_model(config.model)
+    if config.train.lora is not None:
+        add_lora(model, config.train.lora)
+    load_model_tensors(model, tensors)
+    if config.train.lora is not None:
+        merge_lora(model)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    return LoadedRun(config, model.to(device).eval(), tokenizer, int(state["step"]), folder)
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A trained task's model with what it needs to be used."""
+
+    config: TaskRunConfig
+    model: TaskModel
+    encoding: Encoding
+    step: int
+    folder: Path
+
+
+def load_task_run(folder: Path | str, device: str = "cpu") -> LoadedTask:
+    """The model of a run on a task with the weights of its newest good checkpoint, in evaluation mode.
+
+    Errors: `CheckpointError` for a folder that is no run or has no good checkpoint, `ConfigError` for a language model.
+    """
+    folder = Path(folder)
+    config = load_any_config(_config_file(folder))
+    if not isinstance(config, TaskRunConfig):
+        raise ConfigError(
+            f"{folder} is the run of a language model, not of a task. Use moekit generate {folder}"
+        )
+    encoding = Encoding.load(folder, config.inputs, config.targets)
+    tensors, state = _newest_weights(folder)
+    model = TaskModel(config.model)
+    load_model_tensors(model, tensors)
+    return LoadedTask(config, model.to(device).eval(), encoding, int(state["step"]), folder)
+
+
+def _config_file(folder: Path) -> Path:
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(
             f"{folder} is no run: it has no config.yaml. Give the folder that `moekit train` printed"
         )
-    config = with_own_tokenizer(load_run_config(folder / "config.yaml", []), folder)
+    return folder / "config.yaml"
+
+
+def _newest_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The model's tensors of the newest good checkpoint, and the checkpoint's state."""
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(
             f"{folder} holds no complete checkpoint yet. Train it on with: moekit resume {folder}"
         )
     tensors, state = load_checkpoint(checkpoint, verify=False)
-    model = build_model(config.model)
-    if config.train.lora is not None:
-        add_lora(model, config.train.lora)
-    load_model_tensors(
-        model, {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    )
-    if config.train.lora is not None:
-        merge_lora(model)
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    return LoadedRun(config, model.to(device).eval(), tokenizer, int(state["step"]), folder)
+    return {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, state
 
 
 class _Run:
@@ -212,25 +260,20 @@ class _Run:
 
     def __init__(
         self,
-        config: RunConfig,
-        data: PreparedData,
+        material: Material,
         quiet: bool,
         start: Start | None = None,
         open_teacher: TeacherOpener | None = None,
     ) -> None:
-        self.config, self.data, self.quiet = config, data, quiet
-        loader = TrainLoader(
-            data.train,
-            config.train.batch_size,
-            config.data.seq_len,
-            config.train.seed,
-            config.data.order,
-            config.data.domains,
-        )
-        distillation = open_distillation(config.train.distill, data.tokenizer, open_teacher)
+        config: AnyRunConfig = material.config
+        self.config, self.material, self.quiet = config, material, quiet
+        loader, distillation = material.loader(), None
+        if material.tokenizer is not None:
+            distillation = open_distillation(config.train.distill, material.tokenizer, open_teacher)
         torch.manual_seed(config.train.seed)
         self.stop = _StopFlag()
         model = build_model(config.model)
+        material.begin(model)
         if start is not None:
             load_model_tensors(model, start.tensors)
         if config.train.lora is not None:
@@ -298,16 +341,9 @@ class _Run:
 
     def _validate(self, log: MetricsLog, trackers: list[Any]) -> None:
         """Validate and log; where SIGTERM comes meanwhile, leave it: it is made up for when the run goes on."""
-        train, trainer = self.config.train, self.trainer
-        batches = evaluation_batches(
-            self.data.validation,
-            train.batch_size,
-            self.config.data.seq_len,
-            max_batches=train.validation_batches,
-        )
-        result = loss_over(
-            trainer.model, takewhile(lambda _: not self.stop(), batches), trainer.device, trainer.dtype
-        )
+        trainer = self.trainer
+        batches = takewhile(lambda _: not self.stop(), self.material.validation())
+        result = loss_over(trainer.model, batches, trainer.device, trainer.dtype)
         if self.stop():
             self.validation = {}
             return
@@ -394,18 +430,6 @@ class _StopFlag:
         return error
 
 
-def _fit_to_data(config: RunConfig, data: PreparedData | None, quiet: bool) -> tuple[RunConfig, PreparedData]:
-    """Prepared data, and the configuration with enough vocabulary and positions in the model for it."""
-    if data is None:
-        data = prepare(config.data, None if quiet else lambda message: print(message, flush=True))
-    model = config.model
-    if model.vocab_size < data.tokenizer.vocab_size:
-        model = model.replace(vocab_size=data.tokenizer.vocab_size)
-    if model.max_seq_len < config.data.seq_len:
-        model = model.replace(max_seq_len=config.data.seq_len)
-    return config.replace(model=model), data
-
-
 def with_own_tokenizer(config: RunConfig, folder: Path) -> RunConfig:
     """A run keeps a copy of its tokenizer: the file that it was given may be gone."""
     own = folder / "tokenizer.json"
@@ -414,7 +438,7 @@ def with_own_tokenizer(config: RunConfig, folder: Path) -> RunConfig:
     return config.replace(data=config.data.replace(tokenizer=str(own.absolute())))
 
 
-def _new_folder(config: RunConfig) -> Path:
+def new_run_folder(config: AnyRunConfig) -> Path:
     """runs/<name>-<n> with the lowest n that is free; made at once, so two processes never share one."""
     base = Path(config.runs_dir)
     if not config.name or Path(config.name).name != config.name:

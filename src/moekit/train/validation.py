@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from moekit.data.loader import Batch
+from moekit.data.task_loader import TaskBatch
 from moekit.layers.statistics import RoutingStats, add_stats, routing_stats
 from moekit.train.device import autocast
 
@@ -29,7 +31,7 @@ class LossSum:
 
 
 def loss_over(
-    model: nn.Module, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype
+    model: nn.Module, batches: Iterable[Batch | TaskBatch], device: torch.device, dtype: torch.dtype
 ) -> LossSum:
     """Evaluate on batches whose rows continue each other, so that a recurrent model carries its memory.
 
@@ -48,17 +50,17 @@ def loss_over(
         ):
             for batch in batches:
                 batch = batch.to(device)
-                # padding stands only at the end of a split's rows; a mask costs attention and routing time
-                mask = batch.token_mask
-                out = model(
-                    batch.token_ids,
-                    targets=batch.targets,
-                    segment_ids=batch.segment_ids,
-                    token_mask=None if bool(mask.all()) else mask,
-                    memory=memory,
-                    return_logits=False,
-                )
-                memory = out.memory
+                more: dict[str, Any] = {}
+                if isinstance(batch, Batch):
+                    # padding stands only at the end of a split's rows; a mask costs attention and routing time
+                    mask = batch.token_mask
+                    more = {
+                        "token_mask": None if bool(mask.all()) else mask,
+                        "memory": memory,
+                        "return_logits": False,
+                    }
+                out = model(**batch.arguments(), **more)
+                memory = getattr(out, "memory", None)
                 if out.n_targets:
                     total += float(out.loss) * out.n_targets
                     n_targets += out.n_targets
