@@ -59,7 +59,7 @@ def render_quickstart_page(report: Mapping[str, Any]) -> str:
 <meta name="referrer" content="no-referrer">
 <title>moekit quickstart: {escape(headline.verdict)}</title>
 <link rel="icon" href="data:,">
-<style>{_style()}</style>
+<style>{page_style()}</style>
 </head>
 <body>
 <main>
@@ -81,11 +81,44 @@ this page and holds every number on it.</footer>
 """
 
 
+def plain_page(title: str, eyebrow: str, heading: str, head: str, *sections: str) -> str:
+    """A self-contained page without a script.
+
+    Args:
+        title: of the window. eyebrow, heading: the small line and the large one on top. All three are escaped here.
+        head: HTML below the heading, such as tiles.
+        sections: HTML; empty ones are left out.
+    """
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<link rel="icon" href="data:,">
+<style>{page_style()}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="eyebrow">{escape(eyebrow)}</p>
+<h1>{escape(heading)}</h1>
+{head}
+</header>
+{"".join(sections)}
+</main>
+</body>
+</html>
+"""
+
+
 def _asset(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _style() -> str:
+def page_style() -> str:
     """The style sheet with the colours of the charts: by the system's choice, or by the button's."""
     light, dark = css_variables(dark=False), css_variables(dark=True)
     return (
