@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from moekit.cli.evaluated_task import FIGURES, evaluated_task, experts_in_words, is_task
 from moekit.cli.output import data_option, json_option, print_json, print_tables, progress_to_stderr
 
 
@@ -13,25 +15,59 @@ from moekit.cli.output import data_option, json_option, print_json, print_tables
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--max-batches", type=click.IntRange(min=1), help="stop after this many batches of each domain")
 @data_option
+@click.option("--file", metavar="FILE", type=click.Path(path_type=Path),
+              help="examples with answers, in place of a task's test split")  # fmt: skip
+@click.option(
+    "--by",
+    multiple=True,
+    metavar="COLUMN",
+    help="compare a task's experts by this column; may be given again",
+)
+@click.option("--page", metavar="HTML", type=click.Path(path_type=Path, dir_okay=False),
+              help="write a task's figures and experts as a page, and as JSON beside it")  # fmt: skip
 @json_option
-def command(run: Path, max_batches: int | None, data: tuple[str, ...], as_json: bool) -> None:
-    """Measure a run: bits per byte per domain, speed, memory and balance.
+def command(
+    run: Path, max_batches: int | None, data: tuple[str, ...], file: Path | None, by: tuple[str, ...],
+    page: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure a run: bits per byte per domain, speed, memory and balance; a task's metrics and experts.
 
     RUN is the folder of a run, or a model folder. A run's last checkpoint is measured on the validation split and on
-    the held-out domain; a model folder on the text of the run that it came from, or on what --data names.
+    the held-out domain; a model folder on the text of the run that it came from, or on what --data names. A task is
+    measured on its test split, or on the examples of --file, by the metrics of its recipe.
     """
+    of_tasks, of_models = (
+        {"--file": file, "--by": by, "--page": page},
+        {"--data": data, "--max-batches": max_batches},
+    )
     with progress_to_stderr(as_json):
-        if (run / "moekit.json").is_file():
+        if is_task(run):
+            _refuse(of_models, "language models; this is the run of a task")
+            answer = evaluated_task(run, file, by, page)
+        elif (run / "moekit.json").is_file():
             from moekit.cli.model_folder import evaluate_folder
 
+            _refuse(of_tasks, "runs of tasks; this is the folder of a model")
             answer = evaluate_folder(run, data, max_batches)
-        elif data:
-            raise click.UsageError("--data is for model folders; a run is measured on its own text")
         else:
             from moekit.evaluate.run import evaluate_run
 
+            _refuse(of_tasks, "runs of tasks; this is the run of a language model")
+            _refuse({"--data": data}, "model folders; a run is measured on its own text")
             answer = evaluate_run(run, max_batches=max_batches)
     if as_json:
         print_json(answer)
     else:
-        print_tables(answer, f"Evaluation of {run}")
+        print_tables(
+            {name: value for name, value in answer.items() if name not in FIGURES}, f"Evaluation of {run}"
+        )
+        for line in experts_in_words(answer.get("experts_by", ())):
+            click.echo(line)
+        if page is not None:
+            click.echo(f"page: {page}")
+
+
+def _refuse(options: dict[str, Any], wanted: str) -> None:
+    for name, value in options.items():
+        if value:
+            raise click.UsageError(f"{name} is for {wanted}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moekit.cli.output import cell, folder_option, json_option, print_json, progress_to_stderr
+from moekit.cli.output import folder_option, json_option, print_json, print_result, progress_to_stderr
 
 
 @click.command("league")
@@ -32,18 +32,5 @@ def command(out: Path, steps: int, seeds: int, routers: tuple[str, ...], short: 
     if as_json:
         print_json(answer)
         return
-    table = answer.get("table")
-    if table:
-        _show(table)
-
-
-def _show(content: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Router league", title_justify="left")
-    for position, column in enumerate(content["columns"]):
-        table.add_column(column, justify="left" if position == 0 else "right")
-    for row in content["rows"]:
-        table.add_row(*(cell(value) for value in row))
-    Console().print(table)
+    if answer.get("table"):
+        print_result({"title": "Router league", "table": answer["table"]})

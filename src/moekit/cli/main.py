@@ -20,9 +20,21 @@ VERBS: dict[str, tuple[str, str]] = {
     "doctor": ("Start", "Look at this machine: what moekit will use, what is missing and how to get it."),
     "plan": ("Train", "Parameters, memory, FLOPs and time of a run, before anything runs."),
     "train": ("Train", "Train a model from a YAML configuration."),
+    "validate": (
+        "Train",
+        "Read and encode all examples of a task; what is wrong in a file is said with line and column.",
+    ),
     "resume": ("Train", "Go on with a run from its last checkpoint."),
-    "evaluate": ("Measure", "Measure a run: bits per byte per domain, speed, memory and balance."),
+    "evaluate": (
+        "Measure",
+        "Measure a run: bits per byte per domain, speed, memory and balance; a task's metrics and experts.",
+    ),
     "generate": ("Measure", "Continue a prompt with a trained model."),
+    "predict": (
+        "Measure",
+        "What a trained task says of an input, how sure it is, and which experts decided.",
+    ),
+    "recipes": ("Measure", "Tasks on real data, each by one command, against honest baselines."),
     "league": ("Measure", "Train every causal router for the same steps and rank them in one table."),
     "bench": (
         "Measure",

@@ -93,6 +93,36 @@ def print_tables(answer: Mapping[str, Any], title: str) -> None:
             print_tables(value, name.replace("_", " "))
 
 
+def print_result(result: Mapping[str, Any]) -> None:
+    """A table of results: its title, columns and rows, and below what is said of it.
+
+    Where the terminal is too narrow for it, columns and rows change places: figures one below the other stay whole.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    # ** marks what stands out on a page of Markdown
+    lines = [[cell(value).replace("**", "") for value in row] for row in result["table"]["rows"]]
+    console = Console()
+    for columns, rows in (
+        (result["table"]["columns"], lines),
+        ([result["table"]["columns"][0], *(row[0] for row in lines)],
+         [[name, *(row[place] for row in lines)] for place, name in enumerate(result["table"]["columns"]) if place]),
+    ):  # fmt: skip
+        table = Table(title=result["title"], title_justify="left")
+        for position, column in enumerate(columns):
+            table.add_column(column, justify="left" if position == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
+            break
+    console.print(table)
+    for words in (result.get("note"), result.get("observed")):
+        if words:
+            console.print(words, highlight=False, markup=False)
+
+
 def print_certificate(certificate: Mapping[str, Any], title: str, as_json: bool) -> None:
     """What a conversion proved."""
     if as_json:
