@@ -43,7 +43,7 @@ from moekit.convert.split.splitting import calibration_batches, calibration_run
 from moekit.data.loader import TrainLoader, evaluation_batches
 from moekit.data.prepare import PreparedData, prepare
 from moekit.evaluate.machine import cpu_name
-from moekit.generate.cache import KVCache
+from moekit.layers.cache import KVCache
 from moekit.models.language_model import LanguageModel
 from moekit.train.device import resolve_dtype
 from moekit.train.loop import Trainer

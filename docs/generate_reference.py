@@ -1,4 +1,4 @@
-"""Write docs/reference from the code: the command line and every configuration key.
+"""Write docs/reference from the code: command line, configuration keys, sources of examples, recipes with results.
 
     python docs/generate_reference.py            # write
     python docs/generate_reference.py --check    # only compare; exit code 1 where a page is out of date
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,12 @@ import click
 
 from moekit.cli.main import VERBS, cli
 from moekit.config.explain import all_keys, describe_key
+from moekit.data.task_sources.base import task_sources
 from moekit.layers.routing import ROUTERS
+from moekit.recipes.tables import catalogue
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from generate_tables import load, render
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = "<!-- generated -->\n"
@@ -106,7 +112,78 @@ def _routers() -> list[str]:
     return lines
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": command_line, "configuration.md": configuration}
+def sources_of_examples() -> str:
+    """Markdown of every named source of examples: what it holds, its columns, its options and its licence."""
+    sources = task_sources()
+    lines = ["", "| source | examples | licence |", "|---|---|---|"]
+    for name, source in sources.items():
+        use = "**Research only.** " if source.research_only else ""
+        lines.append(f"| [`{name}`](#{name}) | {source.description} | {use}{source.licence} |")
+    for name, source in sources.items():
+        summary, *rest = inspect.cleandoc(source.load.__doc__ or "").split("\n\n")
+        meanings = _arguments("\n\n".join(rest))
+        lines += ["", f"## {name}", "", summary, "", "| column | what it holds |", "|---|---|"]
+        lines += [f"| `{column}` | {meaning} |" for column, meaning in source.columns.items()]
+        if source.options:
+            lines += ["", "| option | default | meaning |", "|---|---|---|"]
+            lines += [
+                f"| `{option}` | `{default}` | {meanings.get(option, '')} |"
+                for option, default in source.options.items()
+            ]
+    return "\n".join(lines)
+
+
+def recipes() -> str:
+    """Markdown of every recipe: what it is, how it is run, and the results in docs/results/recipes, if it has any."""
+    folder = ROOT / "docs" / "results" / "recipes"
+    lines = []
+    everything = folder / "recipes.json"
+    if everything.is_file():
+        lines += ["", render(load(everything, "recipes.md")).strip()]
+    lines += ["", "| recipe | what it answers | minutes |", "|---|---|---:|"]
+    entries = catalogue()
+    lines += [f"| [`{e['recipe']}`](#{e['recipe']}) | {e['about']} | {e['minutes']} |" for e in entries]
+    for entry in entries:
+        name = entry["recipe"]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{entry['about']} Data: {entry['data']} ({entry['licence']}).",
+        ]
+        many = len(entry["variants"]) > 1
+        if many:
+            lines += ["", f"Variants: {', '.join(f'`{variant}`' for variant in entry['variants'])}."]
+        for variant in entry["variants"]:
+            path = folder / f"{name}-{variant}.json" if many else folder / f"{name}.json"
+            if path.is_file():
+                result = load(path, "recipes.md")
+                lines += ["", render(result).strip()]
+                if result.get("observed"):
+                    lines += ["", result["observed"]]
+    return "\n".join(lines)
+
+
+def _arguments(text: str) -> dict[str, str]:
+    """The meaning of each argument in the part `Args:` of a docstring."""
+    _, _, args = text.partition("Args:\n")
+    found: dict[str, str] = {}
+    name = ""
+    for line in args.split("\n\n")[0].splitlines():
+        match = re.match(r"    (\w+): (.*)", line)
+        if match:
+            name, found[match[1]] = match[1], match[2]
+        elif name:
+            found[name] += f" {line.strip()}"
+    return found
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "cli.md": command_line,
+    "configuration.md": configuration,
+    "recipes.md": recipes,
+    "task-sources.md": sources_of_examples,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import torch
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras itself would look for TensorFlow
 
 # a deadline in milliseconds fails by chance on a busy machine
 hypothesis.settings.register_profile("moekit", deadline=None, derandomize=True, max_examples=50)

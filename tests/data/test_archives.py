@@ -53,6 +53,19 @@ def test_links_and_devices_are_refused(make_tar, tmp_path: Path, kind: bytes) ->
     assert not (tmp_path / "out/innocent.txt").exists()
 
 
+def test_a_hard_link_that_is_not_asked_for_is_passed_by(make_tar, tmp_path: Path) -> None:
+    info = tarfile.TarInfo("same.css")
+    info.type = tarfile.LNKTYPE
+    info.linkname = "good.css"
+    archive = make_tar({"good.css": "fine", "good.txt": "fine"}, info)
+    assert unpack(archive, tmp_path / "out", ("*.txt",)) == ["good.txt"]
+    with pytest.raises(DataError, match="link or a device"):
+        unpack(archive, tmp_path / "again", ("*.css",))
+    info.type = tarfile.SYMTYPE
+    with pytest.raises(DataError, match="link or a device"):
+        unpack(make_tar({"good.txt": "fine"}, info), tmp_path / "third", ("*.txt",))
+
+
 def test_a_member_that_comes_twice_is_refused(tmp_path: Path) -> None:
     archive = tmp_path / "double.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,18 @@ class TestRealPip:
         assert not isinstance(caught.value, RegistryUnavailable)
         assert visible(cache) == []
 
+    def test_a_wheel_whose_code_needs_another_python_can_be_read(self, tmp_path: Path) -> None:
+        archive = tmp_path / "archives" / "thing-1.0-py3-none-any.whl"
+        archive.parent.mkdir()
+        metadata = "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\nRequires-Python: >=4.7\n"
+        with zipfile.ZipFile(archive, "w") as zipped:
+            zipped.writestr("thing/a.txt", "hello")
+            zipped.writestr("thing-1.0.dist-info/METADATA", metadata)
+            zipped.writestr("thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            zipped.writestr("thing-1.0.dist-info/RECORD", "")
+        package = package_of(archive, client="pip-wheel", members=("thing/*",))
+        assert fetch_package(package).read_text("thing/a.txt") == "hello"
+
     def test_a_package_that_is_not_there_is_unavailable(self, make_tar) -> None:
         package = package_of(make_tar(FILES), name="thing-that-is-not-there")
         with pytest.raises(RegistryUnavailable, match="could not fetch thing-that-is-not-there"):
@@ -289,6 +302,31 @@ def test_apt_only_downloads(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     package = package_of(archive, client="apt", name="words", version="1")
     assert fetch_package(package).read_text("words.txt") == "a word"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the stand-in is a shell script")
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            "E: Version '1:2-3' for 'words' was not found",
+            r"could not fetch words 1:2-3: the archive .* has another version and not the pinned one"
+            r".*apt-cache policy words",
+        ),
+        (
+            "E: Unable to locate package words",
+            r"apt knows no such package here\. Fetch its lists \(apt-get update\)",
+        ),
+        ("E: Failed to fetch", r"apt could not fetch words 1:2-3:\n  E: Failed to fetch"),
+    ],
+)
+def test_a_debian_version_that_is_gone_says_so(
+    tmp_path: Path, monkeypatch, answer: str, message: str
+) -> None:
+    program(tmp_path / "bin", "apt-get", f'echo "{answer}"; exit 100')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(RegistryUnavailable, match=message):
+        fetch_package(Package("apt", "words", "1:2-3", "sha256:00"))
 
 
 def test_missing_clients_say_what_is_missing(monkeypatch, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from moekit.config.loading import apply_overrides, load_run_config
 from moekit.config.merge import MergeConfig
 from moekit.config.upcycle import UpcycleConfig
 from moekit.evaluate.plan import plan_run
+from moekit.recipes.tasks import task_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,6 +36,10 @@ def name_of(page: Path) -> str:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_python_of_a_page_runs_from_top_to_bottom(page, capsys):
+    if page.stem == "keras":
+        pytest.importorskip("keras.ops", reason="Keras 3 is not installed")
+    if page.stem == "control":
+        pytest.importorskip("stable_baselines3", reason="the extra control is not installed")
     names: dict[str, object] = {"__name__": "page"}
     for number, body in enumerate(blocks(page, "python"), 1):
         exec(compile(body, f"{name_of(page)} block {number}", "exec"), names)
@@ -66,15 +71,23 @@ def test_moekit_commands_of_the_pages_parse(page, command):
         if word.startswith("examples/"):
             assert (ROOT / word).is_file(), f"{page}: {word} does not exist"
         elif re.match(r"[\w.]+=", word):
-            _accept_override(verb.name, word)
+            _accept_override(verb.name, word, context.params)
     if verb.name == "explain":
         from moekit.config.explain import explain_key
 
         assert context.params["key"] == "KEY" or explain_key(context.params["key"])
 
 
-def _accept_override(verb, word):
+def _accept_override(verb, word, params):
     """Raise where KEY=VALUE is none of the keys that the verb takes."""
+    if verb == "predict":
+        return  # the user's names of columns
+    recipe = params.get("config") if verb in ("train", "validate") else params.get("name")
+    if verb == "run":
+        recipe = f"recipe:{recipe}"
+    if str(recipe).startswith("recipe:"):
+        task_config(recipe, [word])
+        return
     own = {"upcycle": UpcycleConfig, "merge": MergeConfig}
     if verb not in own:
         load_run_config(None, ["model.moe={}", word])
@@ -118,6 +131,10 @@ def modules() -> list[str]:
 
 @pytest.mark.parametrize("name", modules())
 def test_doctests(name):
+    if name.startswith("moekit.keras"):
+        pytest.importorskip("keras.ops", reason="Keras 3 is not installed")
+    if name == "moekit.recipes.control_policy":
+        pytest.importorskip("stable_baselines3", reason="the extra control is not installed")
     module = importlib.import_module(name)
     failed, _ = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert failed == 0

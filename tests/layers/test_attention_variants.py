@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from moekit.config.attention import LatentAttentionConfig, RopeScalingConfig
 from moekit.config.errors import ConfigError
 from moekit.config.model import ModelConfig
-from moekit.generate.cache import KVCache
 from moekit.kernels.attention import attention, attention_with_sinks
 from moekit.kernels.registry import available
 from moekit.layers.attention import Attention, AttentionMask, attention_mask
+from moekit.layers.cache import KVCache
 from moekit.layers.latent_attention import LatentAttention
 from moekit.layers.rotary import RotaryEmbedding, frequencies
 

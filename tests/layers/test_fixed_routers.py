@@ -222,3 +222,68 @@ def test_the_hash_table_holds_what_the_hash_gives() -> None:
         ids = torch.tensor(ids)
         assert router._choices(ids).equal(router._hashed(ids))
     assert 51 <= len(router._table) < 200
+
+
+def test_otherwise_one_expert_takes_what_no_rule_names() -> None:
+    router = rule_router((2, [[9]]), scope="token", otherwise=3, top_k=2)
+    assert experts_of(router, [[9, 1, 1]]) == [[{2}, {3}, {3}]]
+    named = rule_router(
+        (2, [[9]]), scope="token", otherwise="chat", names=["law", "tax", "home", "chat"], top_k=2
+    )
+    assert experts_of(named, [[9, 1, 1]]) == [[{2}, {3}, {3}]]
+    assert named.expert_names == ("law", "tax", "home", "chat")
+    plan = ask(named, torch.ones(1, 1), token_ids=torch.tensor([1]))
+    assert choices(plan) == [{3: 1.0}]
+
+
+def test_the_learned_choice_follows_the_rules_by_a_loss_of_the_routers_own() -> None:
+    ids = torch.tensor([9, 1, 9, 7])
+    silent = rule_router((2, [[9]]), (1, [[9]]), scope="token", top_k=2)
+    assert ask(silent, torch.ones(4, 1), token_ids=ids).losses == {}
+    router = rule_router((2, [[9]]), (1, [[9]]), scope="token", top_k=2, teach=0.5)
+    mask = torch.tensor([True, True, False, True])
+    plan = ask(router, torch.ones(4, 1), token_ids=ids, token_mask=mask)
+    log_probs = torch.tensor([4.0, 3.0, 2.0, 1.0]).log_softmax(dim=0)
+    # of the only real token that rules name: half for each of its two experts
+    expected = -0.5 * (log_probs[1] + log_probs[2]) / 2
+    assert plan.losses["rule_teaching"].item() == pytest.approx(expected.item(), rel=1e-5)
+    plan.losses["rule_teaching"].backward()
+    # the gradient raises the named experts' logits and lowers the others'
+    assert (router.weight.grad.flatten() < 0).tolist() == [False, True, True, False]
+    nothing = ask(router, torch.ones(1, 1), token_ids=torch.tensor([1])).losses["rule_teaching"]
+    assert nothing.item() == 0
+
+
+def test_a_taught_router_says_without_rules_what_the_rules_said() -> None:
+    """Two kinds of tokens, a keyword in one example of each: the choice goes on where there is none."""
+    torch.manual_seed(0)
+    layer = moekit.MoE(2, n_experts=4, d_expert=4, top_k=1, router={
+        "name": "rule", "scope": "token", "teach": 1.0,
+        "rules": [{"expert": 2, "token_ids": [[8]]}, {"expert": 3, "token_ids": [[9]]}],
+    })  # fmt: skip
+    tokens, ids = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([8, 9])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    for _ in range(30):
+        optimizer.zero_grad()
+        layer(tokens, token_ids=ids).aux_losses["rule_teaching"].backward()
+        optimizer.step()
+    plan = layer(tokens, token_ids=torch.tensor([1, 1])).routing
+    assert plan.tokens_per_expert.tolist() == [0, 0, 1, 1]
+    assert plan.token_index.tolist() == [0, 1]
+
+
+def test_errors_of_what_is_new_in_rules() -> None:
+    with pytest.raises(ConfigError, match=r"otherwise needs mode: decide|otherwise.*needs mode: decide"):
+        rule_router((1, [[1]]), mode="bias", otherwise=0)
+    with pytest.raises(ConfigError, match=r"teach.*needs mode: decide"):
+        rule_router((1, [[1]]), mode="bias", teach=1.0)
+    with pytest.raises(ConfigError, match=r"teach must be 0 with otherwise"):
+        rule_router((1, [[1]]), otherwise=0, teach=1.0)
+    with pytest.raises(ConfigError, match=r"otherwise must be in 0..3"):
+        rule_router((1, [[1]]), otherwise=4)
+    with pytest.raises(ConfigError, match=r"otherwise must be a number or one of the names: none are given"):
+        rule_router((1, [[1]]), otherwise="law")
+    with pytest.raises(ConfigError, match=r"names must be as many as experts \(4\)"):
+        rule_router((1, [[1]]), names=["law"])
+    with pytest.raises(ConfigError, match=r"Keywords become rules where a task's text is encoded"):
+        router_of("rule", {"keywords": {"law": ["court"]}})

@@ -9,6 +9,7 @@ from torch import nn
 from moekit.config.errors import CheckpointError, ConfigError
 from moekit.config.model import ModelConfig, TransformerXLConfig
 from moekit.config.moe import MoEConfig, NullExpertsConfig
+from moekit.config.task import TaskModelConfig
 from moekit.config.train import OptimizerConfig
 from moekit.layers.experts import StackedMLP
 from moekit.layers.moe import MoE
@@ -152,6 +153,22 @@ def test_groups_of_the_models(tied):
         name.split(".")[-2] for name, group in parameter_groups(decoder).items() if group == "routers"
     } == {"router"}
     assert sum(group == "experts" for group in parameter_groups(decoder).values()) == 2
+
+
+def test_tables_of_stems_have_a_rate_of_their_own_and_their_maps_have_not():
+    model = build_model(TaskModelConfig.from_dict({
+        "d_model": 8, "n_layers": 1, "n_heads": 2, "heads": {"it": {"kind": "classify", "labels": ["a", "b"]}},
+        "stems": {"text": {"kind": "words", "vocab_size": 5, "buckets": 7, "mix": 1}, "it": {"kind": "patches"}},
+    }))  # fmt: skip
+    groups = {name: group for name, group in parameter_groups(model).items() if name.startswith("stems.")}
+    assert groups == {
+        "stems.text.weight": "stems", "stems.text.parts": "stems", "stems.text.neighbours.weight": "matrices",
+        "stems.text.neighbours.bias": "vectors", "stems.it.places": "stems", "stems.it.cut.weight": "matrices",
+        "stems.it.cut.bias": "vectors",
+    }  # fmt: skip
+    optimizer = build_optimizer(model, OptimizerConfig(lr=0.01, stem_lr_scale=10.0))
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"matrices": 0.01, "vectors": 0.01, "stems": 0.1})
 
 
 def test_experts_of_any_structure_and_outside_a_layer():

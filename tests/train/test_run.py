@@ -33,6 +33,7 @@ from moekit.config.model import model_config_from_dict
 from moekit.data.loader import evaluation_batches
 from moekit.data.prepare import prepare
 from moekit.models import build_model
+from moekit.train import material as material_module
 from moekit.train import run as run_module
 from moekit.train.run import load_run, resume_run, train_run
 from moekit.train.trackers import read_metrics
@@ -197,7 +198,7 @@ def test_data_that_is_prepared_already_is_not_prepared_again(tmp_path, monkeypat
     config = run_config(tmp_path, steps=2)
     data = prepare(config.data)
     whole = train_run(config, quiet=True)
-    monkeypatch.setattr(run_module, "prepare", None)
+    monkeypatch.setattr(material_module, "prepare", None)
     assert_same_run(train_run(config, data=data, quiet=True).folder, whole.folder)
 
 

@@ -184,7 +184,7 @@ def test_random_groups_differ_between_layers():
 
 
 def test_a_split_layer_decodes_token_by_token():
-    from moekit.generate.cache import KVCache
+    from moekit.layers.cache import KVCache
 
     model = split(tiny_model()).model
     ids = torch.randint(0, 64, (1, 12))
