@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from moekit.cli.main import VERBS, cli
 from moekit.config.explain import all_keys, describe_key
 from moekit.data.task_sources.base import task_sources
 from moekit.layers.routing import ROUTERS
-from moekit.recipes.tables import catalogue
+from moekit.recipes.tables import catalogue, table_of_all
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from generate_tables import load, render
@@ -137,9 +138,11 @@ def recipes() -> str:
     """Markdown of every recipe: what it is, how it is run, and the results in docs/results/recipes, if it has any."""
     folder = ROOT / "docs" / "results" / "recipes"
     lines = []
-    everything = folder / "recipes.json"
-    if everything.is_file():
-        lines += ["", render(load(everything, "recipes.md")).strip()]
+    results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    if results:
+        # of the latest result, so that the page does not change with the clock
+        everything = {**table_of_all(folder), "created": max(result["created"] for result in results)}
+        lines += ["", render(everything).strip()]
     lines += ["", "| recipe | what it answers | minutes |", "|---|---|---:|"]
     entries = catalogue()
     lines += [f"| [`{e['recipe']}`](#{e['recipe']}) | {e['about']} | {e['minutes']} |" for e in entries]

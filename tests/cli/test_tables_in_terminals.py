@@ -36,3 +36,14 @@ def test_figures_stay_whole(monkeypatch, capsys, width):
     assert max(map(len, said.splitlines())) <= width
     # models below each other in a wide terminal, beside each other in a narrow one
     assert any("crf" in line and "MoE" in line for line in said.splitlines()) == (width == 70)
+
+
+def test_a_table_that_fits_in_no_way_is_paragraphs(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    rows = [[f"recipe {number}", *["0.1234 ± 0.0001"] * 5] for number in range(40)]
+    print_result({**RESULT, "table": {**RESULT["table"], "rows": rows}})
+    said = capsys.readouterr().out.splitlines()
+    assert max(map(len, said)) <= 60
+    place = said.index("recipe 7")
+    assert said[place + 1] == "  area exact_match: 0.1234 ± 0.0001"
+    assert said[place + 5] == "  total: 0.1234 ± 0.0001"

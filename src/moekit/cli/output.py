@@ -96,7 +96,8 @@ def print_tables(answer: Mapping[str, Any], title: str) -> None:
 def print_result(result: Mapping[str, Any]) -> None:
     """A table of results: its title, columns and rows, and below what is said of it.
 
-    Where the terminal is too narrow for it, columns and rows change places: figures one below the other stay whole.
+    Where the terminal is too narrow for it, columns and rows change places; where that is too wide as well, each row is
+    a paragraph. No figure is cut off.
     """
     from rich.console import Console
     from rich.measure import Measurement
@@ -104,20 +105,23 @@ def print_result(result: Mapping[str, Any]) -> None:
 
     # ** marks what stands out on a page of Markdown
     lines = [[cell(value).replace("**", "") for value in row] for row in result["table"]["rows"]]
-    console = Console()
-    for columns, rows in (
-        (result["table"]["columns"], lines),
-        ([result["table"]["columns"][0], *(row[0] for row in lines)],
-         [[name, *(row[place] for row in lines)] for place, name in enumerate(result["table"]["columns"]) if place]),
-    ):  # fmt: skip
+    console, names = Console(), result["table"]["columns"]
+    turned = [[name, *(row[place] for row in lines)] for place, name in enumerate(names) if place]
+    for columns, rows in ((names, lines), ([names[0], *(row[0] for row in lines)], turned)):
         table = Table(title=result["title"], title_justify="left")
         for position, column in enumerate(columns):
             table.add_column(column, justify="left" if position == 0 else "right")
         for row in rows:
             table.add_row(*row)
         if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
+            console.print(table)
             break
-    console.print(table)
+    else:
+        console.print(result["title"], style="bold", highlight=False, markup=False)
+        for first, *rest in lines:
+            console.print(first, style="bold", highlight=False, markup=False)
+            for name, value in zip(names[1:], rest, strict=True):
+                console.print(f"  {name}: {value}", highlight=False, markup=False)
     for words in (result.get("note"), result.get("observed")):
         if words:
             console.print(words, highlight=False, markup=False)

@@ -26,7 +26,8 @@ def command(
 ) -> None:
     """What a trained task says of an input, how sure it is, and which experts decided.
 
-    RUN is the folder of a run. INPUT is a text, or a file of examples (.csv, .tsv, .jsonl, .parquet).
+    RUN is the folder of a run. INPUT is a text, a file of examples (.csv, .tsv, .jsonl, .parquet), or
+    one picture, sound or array (.png, .jpg, .wav, .npy).
 
     \b
         moekit predict runs/news-topics-1 "The shuttle lifted off at dawn."

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moekit.config.errors import ConfigError, require
+from moekit.config.errors import ConfigError, DataError, require
 from moekit.data.examples import Examples
 from moekit.evaluate.baselines.base import Answers, Fitted, Problem, register_baseline
 from moekit.evaluate.baselines.labels import agreement, best_of, class_codes
@@ -95,21 +95,30 @@ def hidden_markov_models(problem: Problem, grid: Sequence[int] = (3, 5, 8), comp
     x, lengths = frames(problem.train)
 
     def make(states: int) -> Any:
-        settings = {
-            "n_states": states,
-            "n_components": components,
-            "covariance": "diag",
-            "random_state": problem.seed,
-        }
-        model = HMMClassifier(variant=GaussianMixtureHMM, model_kwargs=settings, prior="frequency")
-        return model.fit(x, y, lengths=lengths)
+        """A model, with a single Gaussian for a state where there are too few frames for several; None without any."""
+        for n in dict.fromkeys((components, 1)):
+            settings = {
+                "n_states": states, "n_components": n, "covariance": "diag", "random_state": problem.seed,
+            }  # fmt: skip
+            model = HMMClassifier(variant=GaussianMixtureHMM, model_kwargs=settings, prior="frequency")
+            with np.errstate(all="ignore"):  # what did not converge is seen by its numbers
+                model.fit(x, y, lengths=lengths)
+            if all(_is_finite(one.model) for one in model.models.values()):
+                return model
+        return None
 
     figure = None
     if len(problem.validation):
         held, held_lengths = frames(problem.validation)
         column = problem.validation[problem.target.column]
         figure = lambda made: agreement(made.predict(held, lengths=held_lengths), labels, column)  # noqa: E731
-    model, chosen = best_of(list(grid), make, figure, 5)
+    fitted = {states: made for states in (grid if figure else (5,)) if (made := make(states)) is not None}
+    if not fitted:
+        raise DataError(
+            f"{len(y)} sounds of {len(labels)} classes are too few for a hidden Markov model of each: give more, "
+            "or take the baseline dtw-nearest"
+        )
+    model, chosen = best_of(list(fitted), fitted.__getitem__, figure, 5)
 
     def predict(examples: Examples) -> Answers:
         if len(examples) == 0:
@@ -119,6 +128,12 @@ def hidden_markov_models(problem: Problem, grid: Sequence[int] = (3, 5, 8), comp
         return Answers([labels[place] for place in scores.argmax(1)], labels, scores)
 
     return Fitted(predict, {"states": chosen.pop("setting"), "components": components, **chosen})
+
+
+def _is_finite(model: Any) -> bool:
+    """Whether a fit came to numbers: with few frames, those of a state may run out."""
+    parts = (model.startprob_, model.transmat_, model.means_, model.covars_, model.weights_)
+    return all(bool(np.isfinite(part).all()) for part in parts)
 
 
 def _learnt(problem: Problem) -> tuple[tuple[Any, ...], np.ndarray, Any]:
