@@ -73,6 +73,10 @@ def test_predict_answers_a_file_line_by_line(moekit_command, trained, tmp_path):
         "+",
         "-",
     ]
+    plain = moekit_command("predict", str(trained), str(path), "--columns", "text=body").out.splitlines()
+    assert len(plain) == 2
+    assert plain[0].startswith("1: label: ")
+    assert plain[0].count("layer 0 expert") == 1, "the first expert of each layer"
     missing = moekit_command("predict", str(trained), str(path))
     assert missing.code != 0
     assert "more.jsonl:1: column 'text'" in missing.err

@@ -54,17 +54,27 @@ def _show(entry: dict[str, Any], many: bool) -> None:
         if isinstance(said, list) and len(said) == len(entry.get("words", ())):
             said = " ".join(f"{word}/{tag}" for word, tag in zip(entry["words"], said, strict=True))
         elif isinstance(said, list):
-            said = " ".join(map(str, said))
+            said = " ".join(f"{one:.4g}" if isinstance(one, float) else str(one) for one in said)
+        elif isinstance(said, float):
+            said = f"{said:.4g}"
         sure = f" ({answer['probability']:.1%})" if "probability" in answer else ""
         drawn = f" in {answer['drawn']}" if "drawn" in answer else ""
         parts.append(f"{name}: {said}{sure}{drawn}")
+    experts = entry["experts"]
+    if many:
+        # the first one of each layer and task, so that an example stays on its line
+        places = {(one["layer"], one.get("task")): one for one in reversed(experts)}
+        said = ", ".join(
+            _expert(places[place]) for place in sorted(places, key=lambda place: (place[0], place[1] or ""))
+        )
+        click.echo("; ".join(parts) + (f"  [{said}]" if said else ""))
+        return
     click.echo("; ".join(parts))
-    for answer in () if many else entry["answers"].values():
+    for answer in entry["answers"].values():
         for place, one in enumerate(answer.get("best", ())[1:], 2):
             click.echo(f"  {place}. {one['entity']} ({one['probability']:.1%})")
-    experts = ", ".join(_expert(one) for one in entry["experts"])
-    if experts and not many:
-        click.echo(f"experts: {experts}")
+    if experts:
+        click.echo(f"experts: {', '.join(map(_expert, experts))}")
 
 
 def _expert(one: dict[str, Any]) -> str:

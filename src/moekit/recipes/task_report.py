@@ -60,7 +60,7 @@ def evaluate_task(
     if len(examples) == 0:
         raise ConfigError(f"{of} has no examples to measure. Name a file of them")
     report = {
-        "name": config.recipe or config.name, "run": str(run), "step": loaded.step, "examples": len(examples), "of": of,
+        "name": _name(config), "run": str(run), "step": loaded.step, "examples": len(examples), "of": of,
         "metrics": {**measured(loaded, examples, measures_of(config)), **own},
         "active_parameters": active_parameters(config.model), "total_parameters": total_parameters(config.model),
         "experts_by": experts_of_columns(loaded, examples, by), "sources": sources,
@@ -85,6 +85,14 @@ def measures_of(config: TaskRunConfig) -> list[Measure]:
         if name not in seen:
             found += [Measure(name, metric, options) for metric, options in METRICS.get(target.kind, ())]
     return found
+
+
+def _name(config: TaskRunConfig) -> str:
+    """The recipe with its variant, where there are several."""
+    if config.recipe is None:
+        return config.name
+    name, _, variant = config.recipe.partition(":")
+    return load_recipe(name).title_of(variant, ": ", name)
 
 
 def _own_figures(loaded: LoadedTask, data: TaskData) -> dict[str, float]:
