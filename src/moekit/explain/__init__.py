@@ -1,0 +1,1 @@
+"""What the experts do: measures of routing records against nulls, causes, pages."""
