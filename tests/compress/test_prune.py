@@ -7,6 +7,7 @@ import torch
 from compress_samples import calibration, logits_of, never_choose, relative_error, some_ids, tiny_model
 
 from moekit import ModelConfig, MoEConfig
+from moekit.compress.merge import Merge
 from moekit.compress.prune import Prune, pruned
 from moekit.compress.reshaping import BY_ROWS, with_layers
 from moekit.config.errors import ConfigError
@@ -14,6 +15,7 @@ from moekit.convert.formats.folder import read_model_folder, write_model_folder
 from moekit.layers.routing import ROUTERS
 from moekit.layers.statistics import routing_stats
 from moekit.models.language_model import LanguageModel
+from moekit.models.reshape_experts import Reshape, reshape_layer
 from moekit.train.loop import balance_metrics
 
 BIASED = {"bias_update_rate": 0.01}
@@ -187,3 +189,33 @@ def test_training_goes_on_with_layers_of_different_sizes():
     metrics = balance_metrics(routing_stats(out.routing))
     assert "load" not in metrics
     assert metrics["mean_active_experts"] == 2.0
+
+
+def grown():
+    """Every layer's experts doubled; all tokens choose expert 0 or its copy: by use alone these two would stay."""
+    model = tiny_model(router={"name": "softmax", "options": {"logit_bias": True}}, families=True)
+    for layer in model.config.moe_layers:
+        n = model.config.moe_of(layer).n_experts
+        reshape_layer(model, layer, Reshape.split(range(n), range(n), range(n)), 0.01)
+        model.backbone.layers[layer].feed_forward.router.logit_bias.data[[0, n]] = 30.0
+    return model
+
+
+@pytest.mark.parametrize("per_layer", ["uniform", "global"])
+@pytest.mark.parametrize("method", ["frequency", "random"])
+def test_as_many_families_stay_as_a_token_takes(method, per_layer):
+    model, ids = grown(), some_ids()
+    prune = Prune(method, n_experts=2, per_layer=per_layer, seed=3)
+    smaller, details = prune.apply(model, calibration())
+    _, control = prune.control(model, calibration(), details)
+    for built in (smaller, control):
+        for layer, plan in zip(built.moe_layers, built(ids).routing, strict=True):
+            assert len(set(layer.router.family.tolist())) == 2
+            chosen = plan.router_logits[plan.token_index, plan.expert_of_row()]
+            assert torch.isfinite(chosen).all()  # nothing that is closed because its kin was chosen
+
+
+def test_families_cannot_be_merged():
+    for router in ("kept", "averaged"):
+        with pytest.raises(ConfigError, match=r"families of layer \d must be false to merge.*compress prune"):
+            Merge("hc-smoe", n_experts=2, router=router).apply(grown(), calibration())

@@ -14,6 +14,7 @@ from moekit.compress.quantize import Quantize, linear_moments, share_quantized
 from moekit.config.errors import ConfigError
 from moekit.convert.formats.folder import read_model_folder, write_model_folder
 from moekit.kernels.quantized import quantize
+from moekit.layers.elastic import Elastic
 from moekit.layers.quantized import QuantizedLinear, QuantizedWeight
 from moekit.models.language_model import LanguageModel
 
@@ -248,3 +249,18 @@ def test_one_layer_after_another():
     first, _ = Quantize(8, 32, layers=(0,)).apply(tiny_model(), calibration(64))
     _, details = Quantize(8, 32, layers=(1,)).apply(first, calibration(64))
     assert details["quantized"]["bits_per_weight"] == 8.5
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.filterwarnings("ignore::moekit.config.errors.UntaughtRouterWarning")
+@torch.no_grad()
+def test_a_quantised_model_follows_the_number_of_experts_of_a_call(bits):
+    model = tiny_model()
+    smaller, _ = Quantize(bits=bits, group_size=32).apply(model, calibration())
+    config = smaller.config
+    for k in (1, 4):
+        layers = {index: {**change, "top_k": k} for index, change in config.moe_by_layer.items()}
+        other = LanguageModel(config.replace(moe=config.moe.replace(top_k=k), moe_by_layer=layers)).eval()
+        other.load_state_dict(smaller.state_dict())
+        for ids in (some_ids(), some_ids(1, 1)):  # a single token takes the kernels of decoding
+            assert torch.equal(smaller(ids, elastic=Elastic(top_k=k)).logits, other(ids).logits)

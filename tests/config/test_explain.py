@@ -72,6 +72,7 @@ def test_the_default_that_is_shown_is_the_one_that_holds(key):
         base = ["model.kind=transformer_xl"] if info.kind == "transformer_xl" else []
         # groups that are null unless they are asked for
         optional = ("model.moe", "model.rope_scaling", "model.latent_attention", "train.lora", "train.distill",
+                    "train.record", "train.elastic", "train.experts", "train.adversarial",
                     "model.moe.quantization", "model.linear_quantization")  # fmt: skip
         base += [f"{group}={{}}" for group in optional if key.startswith(f"{group}.")]
         assert load_run_config(None, [*base, f"{key}={info.default}"]) == load_run_config(None, base)

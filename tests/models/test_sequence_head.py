@@ -10,6 +10,7 @@ from moekit.config.errors import ConfigError
 from moekit.config.task import TaskModelConfig
 from moekit.layers.balancing import weighted_aux_loss
 from moekit.layers.cross_attention import CrossAttention, Memory
+from moekit.layers.elastic import Elastic
 from moekit.models.beam_search import length_penalty
 from moekit.models.task_model import TaskModel
 
@@ -281,3 +282,18 @@ def test_keys_and_values_are_kept_and_follow_the_rows():
     torch.testing.assert_close(layer(x, memory), first)
     memory.keep_rows(torch.tensor([2, 0, 2]))
     torch.testing.assert_close(layer(x[[2, 0, 2]], memory), first[[2, 0, 2]])
+
+
+def test_a_setting_of_the_call_reaches_the_decoder():
+    model = made()
+    one = made(moe={"top_k": 1, "router": {"name": "softmax", "normalize": "before"}})
+    other = made(moe={"router": {"name": "softmax", "normalize": "before"}})
+    one.load_state_dict(other.state_dict())
+    n = int((TARGETS != -100).sum())
+    with torch.no_grad():
+        out = model({"text": {"ids": SOURCE}}, {"answer": TARGETS}, elastic=Elastic(top_k=1))
+        assert [int(plan.requested.sum()) for plan in out.routing] == [int((SOURCE != 0).sum()), n, n]
+        said = other({"text": {"ids": SOURCE}}, elastic=Elastic(top_k=1)).answers["answer"]
+        assert torch.equal(
+            said, one({"text": {"ids": SOURCE}}).answers["answer"]
+        )  # what it generates as well

@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 from training_samples import (
@@ -69,6 +70,11 @@ def test_the_folder_of_a_run(tmp_path):
     assert about["total_parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert about["active_parameters"] < about["total_parameters"]
     assert about["sources"][0]["licence"] == "yours"
+    data = prepare(run_config(tmp_path).data)
+    most = run_config(tmp_path).train.validation_batches
+    batches = evaluation_batches(data.validation, ROWS, LENGTH, max_batches=most)
+    targets = np.concatenate([batch.targets[batch.targets >= 0].numpy() for batch in batches])
+    assert about["bytes_per_token"] == pytest.approx(data.tokenizer.byte_lengths()[targets].mean())
 
 
 def test_metrics_lines(tmp_path):
@@ -82,8 +88,10 @@ def test_metrics_lines(tmp_path):
         assert line.keys() == {
             "step", "time", "kind", "tokens", "loss", "gradient_norm", "lr", "tokens_per_second", "seconds",
             "aux/load_balance", "aux/router_z",
-            "load", "max_violation", "dropped_share", "mean_active_experts",
+            "load", "max_violation", "dropped_share", "mean_active_experts", "by_layer",
         }  # fmt: skip
+        assert max(line["by_layer"]["max_violation"]) == pytest.approx(line["max_violation"], abs=1e-5)
+        assert all(0 < entropy <= 1 for entropy in line["by_layer"]["load_entropy"])
         assert line["tokens"] == line["step"] * ROWS * LENGTH
         assert len(line["load"]) == 4
     for line in validation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ def kept_experts(
     keep: float | None = None,
     n_experts: int | None = None,
     per_layer: str = "uniform",
+    families: Mapping[int, Sequence[int]] | None = None,
 ) -> dict[int, list[int]]:
     """The experts that stay in each layer, ascending.
 
@@ -61,6 +62,7 @@ def kept_experts(
         keep, n_experts: share of the experts, or their number in each layer; see `how_many`.
         per_layer: "uniform" keeps that many in every layer. "global" keeps as many altogether, the best of all layers,
             but at least the floor of each; scores of different layers are compared as shares of their layer's sum.
+        families: the family of each expert in layers that have any: as many families as the floor stay.
 
     >>> scores = {0: torch.tensor([0.4, 0.3, 0.2, 0.1]), 1: torch.tensor([0.97, 0.01, 0.01, 0.01])}
     >>> kept_experts(scores, {0: 1, 1: 1}, keep=0.5)
@@ -72,19 +74,37 @@ def kept_experts(
     counts = {
         layer: how_many(len(values), floors[layer], keep, n_experts) for layer, values in scores.items()
     }
-    ranked = {layer: torch.argsort(values, descending=True, stable=True) for layer, values in scores.items()}
+    ranked = {
+        layer: torch.argsort(values, descending=True, stable=True).tolist()
+        for layer, values in scores.items()
+    }
+    for layer, own in (families or {}).items():
+        ranked[layer] = families_first(ranked[layer], own, floors[layer])
     if per_layer == "uniform":
-        return {layer: sorted(order[: counts[layer]].tolist()) for layer, order in ranked.items()}
-    kept = {layer: order[: floors[layer]].tolist() for layer, order in ranked.items()}
+        return {layer: sorted(order[: counts[layer]]) for layer, order in ranked.items()}
+    kept = {layer: order[: floors[layer]] for layer, order in ranked.items()}
     rest = [
         (float(_shares(scores[layer])[expert]), -layer, -expert)
         for layer, order in ranked.items()
-        for expert in order[floors[layer] :].tolist()
+        for expert in order[floors[layer] :]
     ]
     room = sum(counts.values()) - sum(map(len, kept.values()))
     for _, layer, expert in sorted(rest, reverse=True)[:room]:
         kept[-layer].append(-expert)
     return {layer: sorted(experts) for layer, experts in kept.items()}
+
+
+def families_first(order: Sequence[int], families: Sequence[int], n: int) -> list[int]:
+    """`order` with the first expert of each of its first `n` families in front: a token takes one of each.
+
+    >>> families_first([0, 4, 1, 5], [0, 1, 2, 3, 0, 1], 2)
+    [0, 1, 4, 5]
+    """
+    leaders: dict[int, int] = {}
+    for expert in order:
+        leaders.setdefault(families[expert], expert)
+    front = list(leaders.values())[:n]
+    return [*front, *(expert for expert in order if expert not in front)]
 
 
 def _shares(values: Tensor) -> Tensor:

@@ -145,6 +145,9 @@ class Merge:
 
     def _check(self, model: LanguageModel, layer: int) -> None:
         moe = moe_at(model, layer)
+        require(not moe.config.families, f"families of layer {layer}", True,
+                "must be false to merge: a token takes one expert of each family, and groups would cut across them",
+                "Make the model smaller with: moekit compress prune")  # fmt: skip
         how_many(moe.config.n_experts, 1, self.keep, self.n_experts)  # before the text is read
         require(not stacked_experts(moe).quantized, f"quantization of layer {layer}", moe.config.quantization,
                 "must be null to merge: codes cannot be averaged", "Merge first, then quantise")  # fmt: skip

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekit.compress.budget import PER_LAYER, how_many, kept_experts, require_budget
+from moekit.compress.budget import PER_LAYER, families_first, how_many, kept_experts, require_budget
 from moekit.compress.calibration import Calibration, moe_at
 from moekit.compress.reshaping import (
     expert_names,
@@ -62,9 +62,11 @@ class Prune:
             how_many(moe.n_experts, floors[layer], self.keep, self.n_experts)
         uses = expert_use(model, layers, calibration)
         scores = scores_of(uses, self.method, self.seed)
+        families = {layer: _families(model, layer) for layer in layers if configs[layer].families}
         kept = kept_experts(
-            scores, floors, keep=self.keep, n_experts=self.n_experts, per_layer=self.per_layer
-        )
+            scores, floors, keep=self.keep, n_experts=self.n_experts, per_layer=self.per_layer,
+            families=families,
+        )  # fmt: skip
         details = [
             {
                 "layer": layer,
@@ -84,12 +86,16 @@ class Prune:
     ) -> tuple[str, LanguageModel]:
         """As many experts of each layer, drawn at random."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        kept = {
-            entry["layer"]: sorted(
-                torch.randperm(entry["experts_before"], generator=generator)[: entry["experts"]].tolist()
+        kept = {}
+        for entry in details["layers"]:
+            layer, order = (
+                entry["layer"],
+                torch.randperm(entry["experts_before"], generator=generator).tolist(),
             )
-            for entry in details["layers"]
-        }
+            config = moe_at(model, layer).config
+            if config.families:
+                order = families_first(order, _families(model, layer), config.top_k)
+            kept[layer] = sorted(order[: entry["experts"]])
         return "random experts", pruned(model, kept)
 
 
@@ -109,7 +115,21 @@ def pruned(model: LanguageModel, kept: Mapping[int, Sequence[int]]) -> LanguageM
             changed[name] = _picker(experts)
         for name in router_names(model, layer):
             changed[name] = _picker([*choices, *nulls])
+        if config.families:
+            name = f"backbone.layers.{layer}.feed_forward.router.family"
+            changed[name] = _renumbered(choices)
     return rebuilt(model, with_layers(model.config, configs), changed)
+
+
+def _families(model: LanguageModel, layer: int) -> list[int]:
+    family = moe_at(model, layer).router.family
+    assert family is not None
+    return [int(number) for number in family.tolist()]
+
+
+def _renumbered(choices: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """The families of these experts, with numbers below that of the experts as a router needs them."""
+    return lambda family: family[torch.tensor(choices)].unique(return_inverse=True)[1]
 
 
 def _choices(config: MoEConfig, experts: Sequence[int]) -> list[int]:

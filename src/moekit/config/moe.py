@@ -157,6 +157,11 @@ class MoEConfig(StrictConfig):
         default=None,
         description="8 or 4 bits for the weights of routed and shared experts; for inference alone",
     )
+    families: bool = Field(
+        default=False,
+        description="let experts that came from one another share a family, of which a token takes one alone; "
+        "train.experts needs it",
+    )
     kernel: str = Field(
         default="auto", description="implementation of the experts; auto takes the fastest that fits"
     )
@@ -191,6 +196,8 @@ class MoEConfig(StrictConfig):
             not (votes and side_paths), "combine", self.combine,
             "needs plain experts: shared, null and linear paths and biases cast no vote", "Use combine: weighted_sum",
         )  # fmt: skip
+        require(not self.families or (self.merged_into is None and self.null_experts.total == 0), "families",
+                self.families, "must be false with merged or null experts")  # fmt: skip
         self._quantization_rules()
         return self
 

@@ -6,8 +6,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from moekit.config.adversarial import AdversarialConfig
 from moekit.config.base import StrictConfig
 from moekit.config.data import DataConfig
+from moekit.config.elastic import DynamicExpertsConfig, ElasticConfig
 from moekit.config.errors import require
 from moekit.config.model import AnyModelConfig, ModelConfig
 
@@ -74,6 +76,28 @@ class DistillConfig(StrictConfig):
 ParameterGroup = Literal["routers", "experts", "embeddings", "matrices", "vectors", "stems", "wide"]
 
 
+class RecordConfig(StrictConfig):
+    """What a run keeps of its routing, in its folder `routing`."""
+
+    tokens: int = Field(
+        default=1024,
+        ge=0,
+        description="validation tokens, the same ones each time, whose choices are kept; 0 keeps sums alone",
+    )
+    every: int = Field(default=10, ge=1, description="steps between moments of the history of choices")
+
+
+class AlarmConfig(StrictConfig):
+    """When a run says that its routers go wrong."""
+
+    dead_steps: int = Field(
+        default=200, ge=1, description="steps without tokens after which an expert is called dead"
+    )
+    collapse_steps: int = Field(
+        default=50, ge=1, description="steps that a few experts may have nearly all tokens without an alarm"
+    )
+
+
 class TrainConfig(StrictConfig):
     """The training loop."""
 
@@ -94,6 +118,16 @@ class TrainConfig(StrictConfig):
     )
     distill: DistillConfig | None = Field(
         default=None, description="a teacher whose answers are learnt as well; null for none"
+    )
+    elastic: ElasticConfig | None = Field(
+        default=None,
+        description="train for several numbers of experts at once; null trains at moe.top_k alone",
+    )
+    experts: DynamicExpertsConfig | None = Field(
+        default=None, description="split, revive, drop or add experts while training; null keeps them"
+    )
+    adversarial: AdversarialConfig | None = Field(
+        default=None, description="learn from inputs that are moved against the model; null for none"
     )
     gradient_clip: float = Field(default=1.0, gt=0, description="largest norm of the whole gradient")
     precision: Literal["auto", "bf16", "float32"] = Field(
@@ -116,11 +150,22 @@ class TrainConfig(StrictConfig):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         default=(), description="further trackers beside the JSONL file"
     )
+    record: RecordConfig | None = Field(
+        default=None, description="keep what routers decided, through training; null keeps nothing"
+    )
+    alarms: AlarmConfig | None = Field(
+        default_factory=AlarmConfig, description="say once what goes wrong with a router; null says nothing"
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> TrainConfig:
         require(self.batch_size % self.accumulation == 0, "batch_size", self.batch_size,
                 f"must be a multiple of accumulation ({self.accumulation})")  # fmt: skip
+        require(self.experts is None or (self.lora is None and self.trainable is None), "experts", "set",
+                "cannot be combined with lora or trainable, which freeze what it changes")  # fmt: skip
+        require(self.experts is None or self.elastic is None or not self.elastic.n_experts, "elastic",
+                "n_experts", "must have no n_experts with experts: copies stand behind the prefix, and what is dropped "
+                "leaves it")  # fmt: skip
         require(self.lora is None or self.trainable is None, "lora", "set",
                 "cannot be combined with trainable: it freezes everything else", "Remove one of them")  # fmt: skip
         return self

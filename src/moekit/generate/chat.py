@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moekit.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moekit.data.tokenizer import Tokenizer
 
 
 def chat_template(files: Mapping[str, Path]) -> str | None:
@@ -18,6 +22,18 @@ def chat_template(files: Mapping[str, Path]) -> str | None:
         if isinstance(found, str):
             return found
     return None
+
+
+def chat_ids(files: Mapping[str, Path], tokenizer: Tokenizer, message: str, source: str) -> list[int]:
+    """Token ids of one message in the chat template among a tokenizer's files.
+
+    Errors: `ConfigError` naming the model `source` where there is no template, and those of `render_chat`.
+    """
+    template = chat_template(files)
+    if template is None:
+        raise ConfigError(f"{source} has no chat template. Leave out --chat to continue the prompt as text")
+    text = render_chat(template, [{"role": "user", "content": message}], {"eos_token": tokenizer.end_token})
+    return tokenizer.encode_template(text)
 
 
 def render_chat(

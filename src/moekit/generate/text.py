@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from moekit.config.errors import ConfigError, require
 from moekit.config.model import ModelConfig, TransformerXLConfig
 from moekit.generate.sampling import Sampler
+from moekit.generate.trace import RoutingTrace
 from moekit.layers.cache import KVCache
+from moekit.layers.elastic import Elastic
+from moekit.layers.plan import RoutingPlan
+from moekit.models.elastic import require_elastic_model
 
 
 class TextCodec(Protocol):
@@ -59,6 +63,9 @@ def generate(
     seed: int = 0,
     stop_at_end: bool = True,
     on_token: Callable[[int, str], None] | None = None,
+    trace: RoutingTrace | None = None,
+    elastic: Elastic | None = None,
+    pace: Pace | None = None,
 ) -> list[Generation]:
     """Continue each prompt by at most `max_new_tokens` tokens; answers are in the order of the prompts.
 
@@ -77,6 +84,10 @@ def generate(
         on_token: called with the number of the prompt and the text that a new token completed. Bytes of an
             unfinished character wait for the token that finishes it, so pieces are whole characters and
             together they are the text.
+        trace: takes the routing of every token that is read or written; the last one is read for it alone.
+        elastic: experts per token, and which may be chosen, of a sparse decoder; None for what it was configured with.
+        pace: chooses this anew before every token from the seconds that the last one took, such as
+            `moekit.serve.controller.LatencyController`; in place of `elastic`.
 
     Long texts: a decoder sees at most `max_seq_len` tokens, because rotary positions beyond those it was
     trained on mean nothing to it. When they are full it reads the latest half again and goes on from there.
@@ -90,6 +101,8 @@ def generate(
     require(isinstance(max_new_tokens, int) and max_new_tokens >= 1, "max_new_tokens", max_new_tokens,
             "must be an integer of at least 1")  # fmt: skip
     require(isinstance(seed, int) and seed >= 0, "seed", seed, "must be an integer of at least 0")
+    require(elastic is None or pace is None, "elastic", elastic, "must be None with pace, which chooses it")
+    require_elastic_model(model, elastic if pace is None else pace.setting)
     given: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
     sequences = [
         _Sequence(number, _ids_of(prompt, tokenizer), seed, tokenizer, on_token)
@@ -104,19 +117,37 @@ def generate(
     try:
         with torch.no_grad():
             for group in by_length.values():
-                _continue(model, group, sampler, max_new_tokens, tokenizer.end_id if stop_at_end else None)
+                end_id = tokenizer.end_id if stop_at_end else None
+                _continue(model, group, sampler, max_new_tokens, end_id, trace, elastic, pace)
     finally:
         model.train(was_training)
     return [sequence.result() for sequence in sequences]
 
 
 def _continue(
-    model: nn.Module, group: list[_Sequence], sampler: Sampler, max_new_tokens: int, end_id: int | None
+    model: nn.Module,
+    group: list[_Sequence],
+    sampler: Sampler,
+    max_new_tokens: int,
+    end_id: int | None,
+    trace: RoutingTrace | None,
+    elastic: Elastic | None,
+    pace: Pace | None,
 ) -> None:
     """Grow sequences of equal length together until each has ended."""
     start = time.perf_counter()
     reader = make_reader(model, len(group), len(group[0].ids) + max_new_tokens)
-    logits = reader.read(torch.tensor([sequence.ids for sequence in group]))
+
+    def read(n: int, step: int) -> Tensor:
+        """The last `n` tokens of each."""
+        token_ids = torch.tensor([sequence.ids[-n:] for sequence in group])
+        reader.elastic = elastic if pace is None else pace.setting
+        answer = reader.read(token_ids)
+        if trace is not None:
+            trace.add(reader.routing, token_ids, [s.number for s in group], len(group[0].ids) - n, step)
+        return answer
+
+    logits = read(len(group[0].ids), 0)  # takes as long as a prompt is long: only single tokens have a pace
     for step in range(max_new_tokens):
         history = [sequence.ids for sequence in group]
         chosen = sampler(logits, history, [sequence.generator for sequence in group]).tolist()
@@ -127,12 +158,15 @@ def _continue(
                 sequence.append(token)
                 going.append(row)
             sequence.seconds = time.perf_counter() - start
-        if not going or step == max_new_tokens - 1:
+        if not going or (step == max_new_tokens - 1 and trace is None):
             break
         if len(going) < len(group):
             group = [group[row] for row in going]
             reader.keep_rows(torch.tensor(going))
-        logits = reader.read(torch.tensor([sequence.ids[-1:] for sequence in group]))
+        began = time.perf_counter()
+        logits = read(1, step + 1)
+        if pace is not None:
+            pace.after_step(time.perf_counter() - began)
 
 
 def _ids_of(prompt: str | Sequence[int], tokenizer: TextCodec) -> list[int]:
@@ -216,8 +250,29 @@ class TextStream:
         return piece
 
 
+class Pace(Protocol):
+    """Chooses the routing of each step from how long the steps before took."""
+
+    @property
+    def setting(self) -> Elastic:
+        """For the next step."""
+        ...
+
+    def after_step(self, seconds: float) -> object:
+        """Take note of the step that was made at `setting`."""
+        ...
+
+
 class Reader(Protocol):
-    """Reads tokens of a batch one part after another and keeps what the model must remember of them."""
+    """Reads tokens of a batch one part after another and keeps what the model must remember of them.
+
+    Attributes:
+        elastic: the routing of the reads to come; None for what the model was configured with.
+        routing: the plans of each pass of the last `read`; a pass may have begun with earlier tokens again.
+    """
+
+    elastic: Elastic | None
+    routing: list[tuple[RoutingPlan, ...]]
 
     def read(self, token_ids: Tensor) -> Tensor:
         """Take in `[B, n]` further tokens; logits `[B, V]` of the token after them."""
@@ -263,6 +318,8 @@ class CachedReader:
         room = min(self.window, max_tokens)
         self.cache = KVCache.for_config(config, batch, room, dtype, self.device)
         self.recent = torch.empty(batch, 0, dtype=torch.long)
+        self.routing: list[tuple[RoutingPlan, ...]] = []
+        self.elastic: Elastic | None = None
 
     def read(self, token_ids: Tensor) -> Tensor:
         self.recent = torch.cat([self.recent, token_ids], dim=1)[:, -self.window :]
@@ -270,7 +327,10 @@ class CachedReader:
             new = min(token_ids.shape[1], self.window)
             token_ids = self.recent = self.recent[:, -max(new, self.window // 2) :]
             self.cache.clear()
-        out = self.model(token_ids.to(self.device), cache=self.cache, return_logits=False)
+        out = self.model(
+            token_ids.to(self.device), cache=self.cache, return_logits=False, elastic=self.elastic
+        )
+        self.routing = [out.routing]
         return self.model.head.logits(out.hidden_states[:, -1])
 
     def keep_rows(self, rows: Tensor) -> None:
@@ -291,13 +351,16 @@ class RereadingReader:
         self.window: int = config.max_seq_len
         self.device = next(model.parameters()).device
         self.text = torch.empty(batch, 0, dtype=torch.long)
+        self.routing: list[tuple[RoutingPlan, ...]] = []
+        self.elastic: Elastic | None = None
 
     def read(self, token_ids: Tensor) -> Tensor:
         self.text = torch.cat([self.text, token_ids], dim=1)
         if self.text.shape[1] > self.window:
             new = min(token_ids.shape[1], self.window)
             self.text = self.text[:, -max(new, self.window // 2) :]
-        out = self.model(self.text.to(self.device), return_logits=False)
+        out = self.model(self.text.to(self.device), return_logits=False, elastic=self.elastic)
+        self.routing = [out.routing]
         return self.model.head.logits(out.hidden_states[:, -1])
 
     def keep_rows(self, rows: Tensor) -> None:
@@ -311,13 +374,17 @@ class RecurrentReader:
         self.model: Any = model
         self.device = next(model.parameters()).device
         self.memory: dict[str, Tensor] | None = None
+        self.routing: list[tuple[RoutingPlan, ...]] = []
+        self.elastic: Elastic | None = None  # its layers are dense
 
     def read(self, token_ids: Tensor) -> Tensor:
         segment = self.model.config.max_seq_len
         length = max(self.model.memory_length, segment)
+        self.routing = []
         for part in token_ids.to(self.device).split(segment, dim=1):
             out = self.model(part, memory=self.memory, memory_length=length, return_logits=False)
             self.memory = out.memory
+            self.routing.append(out.routing)
         return self.model.head.logits(out.hidden_states[:, -1])
 
     def keep_rows(self, rows: Tensor) -> None:

@@ -48,9 +48,17 @@ def chosen_experts(
 
 
 def decoded_experts(
-    tokens: Tensor, expert_index: Tensor, expert_weight: Tensor, weights: ExpertWeights, dtype: torch.dtype
+    tokens: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    weights: ExpertWeights,
+    dtype: torch.dtype,
+    start: Tensor | None = None,
 ) -> Tensor | None:
-    """As `chosen_experts` where reading the weights is what takes time, else None."""
+    """As `chosen_experts` where reading the weights is what takes time, else None.
+
+    `start` `[T, O]` float32: the sums of the experts before these, which go on from there (`expert_decode`).
+    """
     quantised = not isinstance(weights.w_in, Tensor) or not isinstance(weights.w_out, Tensor)
     n_rows, n_tokens = expert_index.numel(), len(tokens)
     if not quantised and n_rows > FEW_ROWS * weights.n_experts:
@@ -63,10 +71,11 @@ def decoded_experts(
         return None
     step = max(QUANTISED_ROWS, QUANTISED_ROWS * weights.n_experts // max(expert_index.shape[1], 1))
     if n_tokens <= step:
-        answer: Tensor = kernel.function(tokens, expert_index, expert_weight, weights)
+        answer: Tensor = kernel.function(tokens, expert_index, expert_weight, weights, start)
         return answer.to(dtype)
-    pieces = zip(tokens.split(step), expert_index.split(step), expert_weight.split(step), strict=True)
-    return torch.cat([kernel.function(*piece, weights) for piece in pieces]).to(dtype)
+    starts = [None] * -(-n_tokens // step) if start is None else start.split(step)
+    pieces = zip(tokens.split(step), expert_index.split(step), expert_weight.split(step), starts, strict=True)
+    return torch.cat([kernel.function(*piece, weights, first) for *piece, first in pieces]).to(dtype)
 
 
 def decoded_rows(
@@ -84,13 +93,23 @@ def decoded_rows(
     Quantised experts are computed so whatever the number of tokens: making their weights first takes longer, on one
     core by 3.4 times at 4,096 tokens (64 experts of 128 x 192) and by 1.9 (16 of 512 x 512).
     """
-    n_rows, n_tokens = len(token_index), len(tokens)
-    quantised = not isinstance(weights.w_in, Tensor)
-    if n_rows == 0 or n_rows % n_tokens or (not quantised and n_rows > FEW_ROWS * weights.n_experts):
+    if isinstance(weights.w_in, Tensor) and len(token_index) > FEW_ROWS * weights.n_experts:
+        return None
+    chosen = choices_of_rows(token_index, row_weight, tokens_per_expert, len(tokens))
+    return None if chosen is None else decoded_experts(tokens, *chosen, weights, dtype)
+
+
+def choices_of_rows(
+    token_index: Tensor, row_weight: Tensor, tokens_per_expert: Tensor, n_tokens: int
+) -> tuple[Tensor, Tensor] | None:
+    """Experts and weights `[T, K]` of rows sorted by expert, each token's in that order; None where K differs."""
+    n_rows = len(token_index)
+    if n_rows == 0 or n_rows % n_tokens:
         return None
     order = token_index.argsort(stable=True)
     by_token = token_index[order].view(n_tokens, -1)
     if not torch.equal(by_token, torch.arange(n_tokens).unsqueeze(1).expand_as(by_token)):
         return None
-    expert = torch.arange(weights.n_experts).repeat_interleave(tokens_per_expert)[order].view_as(by_token)
-    return decoded_experts(tokens, expert, row_weight[order].view_as(by_token), weights, dtype)
+    experts = torch.arange(len(tokens_per_expert))
+    expert = experts.repeat_interleave(tokens_per_expert)[order].view_as(by_token)
+    return expert, row_weight[order].view_as(by_token)

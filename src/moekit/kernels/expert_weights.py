@@ -96,6 +96,8 @@ class ExpertWeights:
         activation: between the two maps.
         transposed: whether the matrices are stored `[in, out]`; else `[out, in]` as in `torch.nn.Linear`.
         interleaved: whether gates and linear parts alternate along G*F; else all gates come first.
+        slots: `[E]` int64, where in the stacks each expert lies, -1 for one that lies nowhere; None: each in its own
+            place. The fused kernels follow it, in inference.
 
     Quantised matrices (`moekit.kernels.quantized`) serve inference alone; gradients and the plain kernels want tensors.
     """
@@ -107,10 +109,22 @@ class ExpertWeights:
     activation: Activation = Activation()
     transposed: bool = False
     interleaved: bool = False
+    slots: Tensor | None = None
 
     @property
     def n_experts(self) -> int:
+        return self.n_stacked if self.slots is None else len(self.slots)
+
+    @property
+    def n_stacked(self) -> int:
+        """Experts that the stacks have room for."""
         return self.w_in.shape[0]
+
+    def at(self, slots: Tensor) -> ExpertWeights:
+        """The same stacks with experts at other places; what a kernel noted of the stacks is kept."""
+        moved: ExpertWeights = object.__new__(ExpertWeights)
+        moved.__dict__.update(self.__dict__, slots=slots)
+        return moved
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -76,35 +76,47 @@ def squared_variation(totals: Tensor) -> Tensor:
     return (totals - mean).square().mean() / mean.square().clamp(min=1e-10)
 
 
-def importance_loss(plan: RoutingPlan) -> Tensor:
-    """Squared variation of the summed combine weights of each expert (Shazeer et al. 2017, eq. 6 and 7)."""
+def importance_loss(plan: RoutingPlan, is_open: Tensor | None = None) -> Tensor:
+    """Squared variation of the summed combine weights of each expert (Shazeer et al. 2017, eq. 6 and 7).
+
+    `is_open` `[E]` leaves out the experts that could not be chosen; so does that of `load_loss`.
+    """
     importance = torch.zeros(plan.n_experts, dtype=plan.row_weight.dtype, device=plan.row_weight.device)
-    return squared_variation(importance.index_add(0, plan.expert_of_row(), plan.row_weight))
+    importance = importance.index_add(0, plan.expert_of_row(), plan.row_weight)
+    return squared_variation(importance if is_open is None else importance[is_open])
 
 
-def load_loss(load_probs: Tensor, token_mask: Tensor | None = None) -> Tensor:
+def load_loss(load_probs: Tensor, token_mask: Tensor | None = None, is_open: Tensor | None = None) -> Tensor:
     """Squared variation of the expected load `[T, E]` of noisy top-k (Shazeer et al. 2017, eq. 10 and 11)."""
-    return squared_variation(mean_over_tokens(load_probs, token_mask))
+    load = mean_over_tokens(load_probs, token_mask)
+    return squared_variation(load if is_open is None else load[is_open])
 
 
-def balance_losses(plan: RoutingPlan, context: RoutingContext, config: BalanceConfig) -> dict[str, Tensor]:
-    """The losses of one call: those with a coefficient above 0 in `config`, and the router's own."""
+def balance_losses(
+    plan: RoutingPlan, context: RoutingContext, config: BalanceConfig, is_open: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The losses of one call: those with a coefficient above 0 in `config`, and the router's own.
+
+    `is_open` `[E]` is False for experts that the call could not choose (None: it could choose all): the losses are
+    those of the others alone, 1 at perfect balance among them.
+    """
     losses = dict(plan.losses)
     probs, logits, mask = plan.router_probs, plan.router_logits, plan.token_mask
     if config.load_balance > 0 and probs is not None:
         if config.scope == "sequence":
-            losses["load_balance"] = sequence_balance_loss(probs, _chosen(plan), plan.batch_shape, mask)
+            balance = sequence_balance_loss(probs, _chosen(plan), plan.batch_shape, mask)
         else:
             counts = plan.requested
             if context.earlier_counts is not None:
                 counts = counts + context.earlier_counts
-            losses["load_balance"] = load_balance_loss(probs, counts, mask)
+            balance = load_balance_loss(probs, counts, mask)
+        losses["load_balance"] = balance if is_open is None else balance * is_open.float().mean()
     if config.router_z > 0 and logits is not None:
         losses["router_z"] = router_z_loss(logits, mask)
     if config.importance > 0:
-        losses["importance"] = importance_loss(plan)
+        losses["importance"] = importance_loss(plan, is_open)
     if config.load > 0 and plan.load_probs is not None:
-        losses["load"] = load_loss(plan.load_probs, mask)
+        losses["load"] = load_loss(plan.load_probs, mask, is_open)
     return losses
 
 

@@ -18,10 +18,12 @@ from moekit.config.moe import MoEConfig
 from moekit.layers.balancing import balance_losses
 from moekit.layers.combine import combine
 from moekit.layers.dispatch import dispatch
+from moekit.layers.elastic import Elastic
 from moekit.layers.experts import ExpertGroups, NullExperts, SharedExpert, StackedMLP, module_experts
 from moekit.layers.plan import RoutingContext, RoutingPlan
 from moekit.layers.quantized import quantize_linear_maps
 from moekit.layers.routing import Router, build_router
+from moekit.layers.stored_experts import StoredMLP
 
 
 @dataclass
@@ -113,6 +115,7 @@ class MoE(nn.Module):
         token_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         earlier_counts: Tensor | None = None,
+        elastic: Elastic | None = None,
     ) -> MoEOutput:
         """Route, compute, combine.
 
@@ -122,16 +125,18 @@ class MoE(nn.Module):
             token_mask: `[...]` bool, False at padding, which visits no expert and counts nowhere.
             segment_ids: `[...]` document of each token.
             earlier_counts: `[E]`, see `RoutingContext`.
+            elastic: experts per token, and which may be chosen, in this call alone.
         """
-        context = self._context(hidden_states, token_ids, token_mask, segment_ids, earlier_counts)
+        context = self._context(
+            hidden_states, token_ids, token_mask, segment_ids, earlier_counts, elastic=elastic
+        )
         tokens = hidden_states.reshape(-1, self.d_model)  # [T, D]
 
         plan = self._adjusted(self.router(tokens, context))
-        losses = balance_losses(plan, context, self.config.balance)  # of what was asked for, before any drop
-        if self._expert_of_choice is not None:
-            n_experts = self.config.n_experts + self.config.null_experts.total
-            plan = plan.computed_by(self._expert_of_choice, n_experts)
-        plan = self._limited(plan)
+        is_open = self.router.open_choices(context, tokens.device)
+        # of what was asked for, before any drop
+        losses = balance_losses(plan, context, self.config.balance, is_open)
+        plan = self._limited(self._computed(plan), self.router.k_of(context), is_open)
         mixed = self._fused(tokens, plan)  # [T, O], the next three steps in one where a kernel can
         if mixed is None:
             rows = dispatch(tokens, plan)  # [R, D]
@@ -147,11 +152,35 @@ class MoE(nn.Module):
         mixed = mixed.reshape(*hidden_states.shape[:-1], mixed.shape[-1])
         return MoEOutput(mixed, losses, plan)
 
+    def computing(
+        self,
+        hidden_states: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        earlier_counts: Tensor | None = None,
+        elastic: Elastic | None = None,
+    ) -> Tensor:
+        """`[E]` rows that each expert would compute, null experts behind, before any drop; arguments of `forward`."""
+        context = self._context(
+            hidden_states, token_ids, token_mask, segment_ids, earlier_counts, elastic=elastic
+        )
+        plan = self._adjusted(self.router(hidden_states.reshape(-1, self.d_model), context))
+        return self._computed(plan).tokens_per_expert
+
+    def _computed(self, plan: RoutingPlan) -> RoutingPlan:
+        """The plan by the experts that compute, where several choices share one."""
+        if self._expert_of_choice is None:
+            return plan
+        n_experts = self.config.n_experts + self.config.null_experts.total
+        return plan.computed_by(self._expert_of_choice, n_experts)
+
     def _fused(self, tokens: Tensor, plan: RoutingPlan) -> Tensor | None:
         """What one kernel makes of tokens and plan, or None where dispatch, experts and combine must run apart."""
         experts = self.experts
         if (
-            not isinstance(experts, StackedMLP)
+            not isinstance(experts, StackedMLP | StoredMLP)
             or plan.slots is not None
             or self.config.combine != "weighted_sum"
         ):
@@ -166,16 +195,26 @@ class MoE(nn.Module):
             plan = plan.map_weights(lambda weight: weight * self.config.weight_scale)
         return plan.winners() if self.config.combine == "winner" else plan
 
-    def _limited(self, plan: RoutingPlan) -> RoutingPlan:
-        """The plan without the rows beyond an expert's capacity_factor * T * K / E (real tokens only)."""
+    def _limited(self, plan: RoutingPlan, top_k: int, is_open: Tensor | None) -> RoutingPlan:
+        """The plan without the rows beyond an expert's capacity_factor * T * K / E (real tokens, open experts)."""
         if self.config.capacity_factor is None:
             return plan
         n_tokens = plan.n_tokens if plan.token_mask is None else int(plan.token_mask.sum())
-        k = 1 if self.config.combine == "winner" else self.config.top_k
-        capacity = math.ceil(self.config.capacity_factor * n_tokens * k / plan.n_experts)
+        k = 1 if self.config.combine == "winner" else top_k
+        n_experts = plan.n_experts if is_open is None else self._n_computing(is_open)
+        capacity = math.ceil(self.config.capacity_factor * n_tokens * k / n_experts)
         return plan.limited_to(capacity, self.config.drop_policy)
 
-    def _context(self, hidden_states: Tensor, *parts: Tensor | None) -> RoutingContext:
+    def _n_computing(self, is_open: Tensor) -> int:
+        """Experts that answer for the choices which are open `[n_choices]`."""
+        if self._expert_of_choice is None:
+            return int(is_open.sum())
+        return len(set(self._expert_of_choice[is_open.cpu()].tolist()))
+
+    def _context(
+        self, hidden_states: Tensor, *parts: Tensor | None, elastic: Elastic | None
+    ) -> RoutingContext:
+        self.router.require_elastic(elastic)
         require(hidden_states.shape[-1] == self.d_model, "hidden_states", tuple(hidden_states.shape),
                 f"must end in d_model ({self.d_model})")  # fmt: skip
         token_ids, token_mask, segment_ids, earlier_counts = parts
@@ -191,7 +230,7 @@ class MoE(nn.Module):
         length = leading[-1] if len(leading) > 1 else n_tokens
         shape = (n_tokens // max(length, 1), length)
         flat = [None if part is None else part.reshape(-1) for part in (token_mask, token_ids, segment_ids)]
-        return RoutingContext(shape, flat[0], flat[1], flat[2], earlier_counts)
+        return RoutingContext(shape, flat[0], flat[1], flat[2], earlier_counts, elastic)
 
 
 def _expert_of_choice(config: MoEConfig, router: Router) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moekit.kernels.routing import count_per_expert, sort_by_expert
+from moekit.layers.elastic import Elastic
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class RoutingContext:
         segment_ids: `[T]` number of the document of each token; None for one document per row.
         earlier_counts: `[E]` choices per expert in the earlier micro-batches of this optimizer step, so that
             the global-batch load-balance loss sees the whole batch; None without accumulation.
+        elastic: how many experts this call takes, and of which; None for what the configuration says.
     """
 
     batch_shape: tuple[int, int]
@@ -33,6 +35,7 @@ class RoutingContext:
     token_ids: Tensor | None = None
     segment_ids: Tensor | None = None
     earlier_counts: Tensor | None = None
+    elastic: Elastic | None = None
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,26 @@
 A multiply-add counts as two FLOPs. Counted are the matrix products (attention's scores and values among them,
 the output matrix too), not norms, activations or softmax. "Active" is what one token touches: everything but
 the routed experts it does not visit; embeddings count in full. A router with a variable number of experts per
-token counts with its `top_k`.
+token counts with its `top_k`. `top_k` and `n_experts` of a call (`moekit.layers.elastic`) count by
+`at_setting`: what the router multiplies is the same for each of them.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from moekit.config.attention import LatentAttentionConfig
 from moekit.config.encoder import EncoderConfig
+from moekit.config.errors import ConfigError, UntaughtRouterWarning
 from moekit.config.model import AnyConfig, ModelConfig, TransformerXLConfig
 from moekit.config.moe import MoEConfig
 from moekit.config.task import TaskModelConfig
 from moekit.kernels.expert_weights import GATED
+from moekit.layers.elastic import Elastic
 from moekit.layers.moe import MoE
 from moekit.layers.routing import build_router
 
@@ -32,6 +37,60 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.total + other.total, self.active + other.active, self.matmul + other.matmul)
+
+
+def at_setting(config: ModelConfig | EncoderConfig, elastic: Elastic) -> ModelConfig | EncoderConfig:
+    """The configuration whose active parameters and FLOPs are those of calls with `elastic`.
+
+    A `top_p` has no number of experts: it counts as the most that a token may take.
+
+    >>> from moekit.config.moe import MoEConfig
+    >>> config = ModelConfig(moe=MoEConfig(n_experts=8, top_k=2))
+    >>> expert = (active_parameters(config) - active_parameters(at_setting(config, Elastic(top_k=1)))) // 4
+    >>> expert == 3 * 256 * 512    # of each of the four layers
+    True
+    """
+    if elastic.top_k is None or config.moe is None:
+        return config
+    changes = {index: {**change, "top_k": elastic.top_k} for index, change in config.moe_by_layer.items()}
+    return config.replace(moe=config.moe.replace(top_k=elastic.top_k), moe_by_layer=changes)
+
+
+def within_budget(
+    config: ModelConfig | EncoderConfig,
+    settings: Sequence[Elastic],
+    *,
+    flops: float | None = None,
+    active: float | None = None,
+) -> Elastic:
+    """The dearest of `settings` whose FLOPs per token and active parameters stay within a budget.
+
+    Errors: `ConfigError` naming the cheapest one's cost where none does.
+
+    >>> from moekit.config.moe import MoEConfig
+    >>> config = ModelConfig(moe=MoEConfig(n_experts=8, top_k=2))
+    >>> budget = flops_per_token(at_setting(config, Elastic(top_k=3)))
+    >>> within_budget(config, [Elastic(top_k=k) for k in (1, 2, 3, 4)], flops=budget).top_k
+    3
+    """
+    costs = []
+    for setting in settings:
+        fitted = at_setting(config, setting)
+        costs.append((flops_per_token(fitted), active_parameters(fitted), setting))
+    fitting = [
+        cost
+        for cost in costs
+        if (flops is None or cost[0] <= flops) and (active is None or cost[1] <= active)
+    ]
+    if fitting:
+        return max(fitting, key=lambda cost: cost[0])[2]
+    least = min(costs, key=lambda cost: cost[0])
+    raise ConfigError(
+        f"no setting stays within {f'{flops:.0f} FLOPs' if flops is not None else ''}"
+        f"{' and ' if flops is not None and active is not None else ''}"
+        f"{f'{active:.0f} active parameters' if active is not None else ''} per token: the cheapest ({least[2]}) takes "
+        f"{least[0]} FLOPs and {least[1]} active parameters. Raise the budget"
+    )
 
 
 def total_parameters(config: AnyConfig | TaskModelConfig) -> int:
@@ -146,7 +205,8 @@ def moe_cost(d_model: int, config: MoEConfig) -> Cost:
     expert = _mlp(d_model, config.d_expert, config.activation, config.bias, config.d_out)
     visited = min(config.top_k, config.n_experts)
     cost = Cost(expert.total * config.n_experts, expert.active * visited, expert.matmul * visited)
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntaughtRouterWarning)  # nothing is trained here
         parameters = list(build_router(d_model, config).parameters())
     router = sum(p.numel() for p in parameters)
     cost = cost + Cost(router, router, sum(p.numel() for p in parameters if p.dim() > 1))  # not its bias

@@ -15,6 +15,7 @@ from moekit.config.backbone import BackboneConfig
 from moekit.config.errors import ConfigError
 from moekit.layers.attention import Attention, AttentionMask, KeyValueCache
 from moekit.layers.cross_attention import CrossAttention, Memory
+from moekit.layers.elastic import Elastic
 from moekit.layers.experts import MLP
 from moekit.layers.latent_attention import LatentAttention
 from moekit.layers.moe import MoE
@@ -58,6 +59,7 @@ class LayerInputs:
     segment_ids: Tensor | None
     cache: KeyValueCache | None
     memory: Memory | None = None
+    elastic: Elastic | None = None
 
 
 class BackboneLayer(nn.Module):
@@ -112,6 +114,7 @@ class BackboneLayer(nn.Module):
             token_mask=inputs.token_mask,
             segment_ids=inputs.segment_ids,
             earlier_counts=earlier_counts,
+            elastic=inputs.elastic,
         )
         return x + self._dropped(out.hidden_states.to(x.dtype)), out.aux_losses, out.routing
 
@@ -164,6 +167,7 @@ class Backbone(nn.Module):
         cache: KeyValueCache | None = None,
         earlier_counts: list[Tensor] | None = None,
         memory: Memory | None = None,
+        elastic: Elastic | None = None,
     ) -> BackboneOutput:
         """Run all layers.
 
@@ -175,6 +179,7 @@ class Backbone(nn.Module):
             cache: keys and values of earlier tokens; the new ones are appended.
             earlier_counts: per sparse layer, see `RoutingContext`.
             memory: what the layers also look at; needed with `cross`, and only there.
+            elastic: experts per token, and which may be chosen, in this call alone; every sparse layer follows it.
         """
         if self.cross != (memory is not None):
             raise ConfigError(
@@ -198,7 +203,7 @@ class Backbone(nn.Module):
         rotary = self.rotary(held, length, x)
         if memory is not None and memory.rotary is None:
             memory = replace(memory, rotary=self.rotary(0, memory.x.shape[1], x))
-        inputs = LayerInputs(rotary, mask, token_ids, token_mask, segment_ids, cache, memory)
+        inputs = LayerInputs(rotary, mask, token_ids, token_mask, segment_ids, cache, memory, elastic)
         counts = iter(earlier_counts or [])
         found: list[dict[str, Tensor]] = []
         plans: list[RoutingPlan] = []

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moekit.config.encoder import EncoderConfig
 from moekit.config.errors import require
+from moekit.layers.elastic import Elastic
 from moekit.layers.experts import MLP, StackedMLP
 from moekit.layers.full_attention import FullAttention
 from moekit.layers.moe import MoE
@@ -43,11 +44,14 @@ class EncoderLayer(nn.Module):
         token_mask: Tensor | None,
         earlier_counts: Tensor | None,
         seen: Tensor | None = None,
+        elastic: Elastic | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], RoutingPlan | None]:
         x = self.attention_norm(x + self.dropout(self.attention(x, token_mask if seen is None else seen)))
         if isinstance(self.feed_forward, MLP):
             return self.feed_forward_norm(x + self.dropout(self.feed_forward(x))), {}, None
-        out = self.feed_forward(x, token_ids=token_ids, token_mask=token_mask, earlier_counts=earlier_counts)
+        out = self.feed_forward(
+            x, token_ids=token_ids, token_mask=token_mask, earlier_counts=earlier_counts, elastic=elastic
+        )
         mixed = self.dropout(out.hidden_states.to(x.dtype))
         return self.feed_forward_norm(x + mixed), out.aux_losses, out.routing
 
@@ -110,6 +114,7 @@ class Encoder(nn.Module):
         token_mask: Tensor | None = None,
         targets: Tensor | None = None,
         earlier_counts: list[Tensor] | None = None,
+        elastic: Elastic | None = None,
     ) -> EncoderOutput:
         """Read texts.
 
@@ -119,6 +124,7 @@ class Encoder(nn.Module):
             token_mask: `[B, S]` False at padding, which counts nowhere.
             targets: `[B]` numbers of classes, for the loss of a classifier.
             earlier_counts: per sparse layer, see `moekit.layers.plan.RoutingContext`.
+            elastic: experts per token, and which may be chosen, in this call alone.
         """
         config = self.config
         require(
@@ -138,7 +144,7 @@ class Encoder(nn.Module):
         plans: list[RoutingPlan] = []
         for layer in self.layers:
             earlier = next(counts, None) if isinstance(layer.feed_forward, MoE) else None
-            x, losses, plan = layer(x, token_ids, token_mask, earlier, seen)
+            x, losses, plan = layer(x, token_ids, token_mask, earlier, seen, elastic)
             for name, loss in losses.items():
                 found.setdefault(name, []).append(loss)
             if plan is not None:

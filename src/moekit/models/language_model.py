@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moekit.config.errors import require
 from moekit.config.model import ModelConfig
 from moekit.layers.attention import KeyValueCache
+from moekit.layers.elastic import Elastic
 from moekit.layers.moe import MoE
 from moekit.models.backbone import Backbone
 from moekit.models.heads import LanguageModelHead
@@ -63,6 +64,8 @@ class LanguageModel(nn.Module):
         earlier_counts: list[Tensor] | None = None,
         return_logits: bool = True,
         return_token_losses: bool = False,
+        elastic: Elastic | None = None,
+        shift: Tensor | None = None,
     ) -> LanguageModelOutput:
         """Predict the next token at every position.
 
@@ -76,19 +79,23 @@ class LanguageModel(nn.Module):
             earlier_counts: per sparse layer, see `moekit.layers.plan.RoutingContext`.
             return_logits: False saves the `[B, S, V]` tensor where only the loss is needed.
             return_token_losses: also return the loss of each position.
+            elastic: experts per token, and which may be chosen, in this call alone: `Elastic(top_k=1)`.
+            shift: `[B, S, D]`, added to the tokens' vectors.
         """
         require(
             token_ids.dim() == 2, "token_ids", tuple(token_ids.shape), "must have shape [batch, sequence]"
         )
         require(memory is None, "memory", type(memory).__name__, "must be None: a decoder carries no memory",
                 "Pass a cache for generation")  # fmt: skip
+        vectors = self.stem(token_ids)
         out = self.backbone(
-            self.stem(token_ids),
+            vectors if shift is None else vectors + shift,
             token_ids=token_ids,
             segment_ids=segment_ids,
             token_mask=token_mask,
             cache=cache,
             earlier_counts=earlier_counts,
+            elastic=elastic,
         )
         result = LanguageModelOutput(out.hidden_states, aux_losses=out.aux_losses, routing=out.routing)
         if return_logits:

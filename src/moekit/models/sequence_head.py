@@ -22,6 +22,7 @@ from moekit.config.task import SequenceHeadConfig, TaskModelConfig
 from moekit.kernels.cross_entropy import linear_cross_entropy
 from moekit.layers.cache import KVCache
 from moekit.layers.cross_attention import Memory
+from moekit.layers.elastic import Elastic
 from moekit.layers.moe import MoE
 from moekit.models.backbone import Backbone, BackboneOutput
 from moekit.models.beam_search import search
@@ -75,11 +76,11 @@ class SequenceHead(Head):
     def run(self, hidden: Hidden, targets: Tensor | None = None) -> HeadOutput:
         memory = self.memory(hidden.x, hidden.mask)
         if targets is not None:
-            out = self.states(memory, targets)
+            out = self.states(memory, targets, hidden.elastic)
             return HeadOutput(out.hidden_states, out.layer_losses, out.routing)
-        said = self.generate(memory)
+        said = self.generate(memory, elastic=hidden.elastic)
         # read once more in one piece: what each token's probability was, and which experts it went to
-        out = self.states(memory, said)
+        out = self.states(memory, said, hidden.elastic)
         log_probs = self._log_probs(out.hidden_states).gather(2, said.clamp(min=0)[..., None])[..., 0]
         known = said != IGNORED
         answer = torch.stack([torch.where(known, part, 0.0) for part in (said.float(), log_probs)], dim=-1)
@@ -96,13 +97,13 @@ class SequenceHead(Head):
         padded = torch.where(behind[..., None], self.end.to(x.dtype), F.pad(x, (0, 0, 0, 1)))
         return Memory(padded, F.pad(real, (0, 1)) | behind)
 
-    def states(self, memory: Memory, targets: Tensor) -> BackboneOutput:
+    def states(self, memory: Memory, targets: Tensor, elastic: Elastic | None = None) -> BackboneOutput:
         """What predicts each of the targets `[B, T]`: the decoder's states `[B, T, D]` after those before it."""
         counts = targets != IGNORED
         before = F.pad(targets.masked_fill(~counts, END), (1, -1), value=END)
         out = self.decoder(
             self._embedded(before), token_ids=before, token_mask=None if bool(counts.all()) else counts,
-            memory=memory,
+            memory=memory, elastic=elastic,
         )  # fmt: skip
         out.hidden_states = self.dropout(out.hidden_states)
         return out
@@ -129,18 +130,21 @@ class SequenceHead(Head):
         return each.view(targets.shape)
 
     @torch.no_grad()
-    def generate(self, memory: Memory, beams: int | None = None, cached: bool = True) -> Tensor:
+    def generate(
+        self, memory: Memory, beams: int | None = None, cached: bool = True, elastic: Elastic | None = None
+    ) -> Tensor:
         """`[B, T]` token ids of the likeliest answers, -100 behind their ends.
 
         Args:
             memory: what is answered to.
             beams: of the search; those of the configuration where None.
             cached: keep keys and values of earlier tokens. Routers that read earlier tokens have them computed again.
+            elastic: the routing of the call.
         """
         config, n = self.config, memory.x.shape[0]
         cached = cached and not any(layer.router.reads_history for layer in self.moe_layers)
         found, _ = search(
-            _Reader(self, memory, cached), n, first=END, end=END, max_len=config.max_len,
+            _Reader(self, memory, cached, elastic), n, first=END, end=END, max_len=config.max_len,
             beams=config.beams if beams is None else beams, alpha=config.length_penalty,
         )  # fmt: skip
         longest = max(len(ids) for ids in found)
@@ -158,7 +162,8 @@ class SequenceHead(Head):
 class _Reader:
     """The decoder at the end of what has been generated so far."""
 
-    def __init__(self, head: SequenceHead, memory: Memory, cached: bool) -> None:
+    def __init__(self, head: SequenceHead, memory: Memory, cached: bool, elastic: Elastic | None) -> None:
+        self.elastic = elastic
         self.head, self.memory = head, Memory(memory.x, memory.mask, held={})
         config = head.decoder.config
         batch = memory.x.shape[0]
@@ -172,7 +177,13 @@ class _Reader:
     def read(self, token_ids: Tensor) -> Tensor:
         self.text = torch.cat([self.text, token_ids[:, None]], dim=1)
         new = (self.text if self.cache is None else token_ids[:, None]).to(self.memory.x.device)
-        out = self.head.decoder(self.head._embedded(new), token_ids=new, cache=self.cache, memory=self.memory)
+        out = self.head.decoder(
+            self.head._embedded(new),
+            token_ids=new,
+            cache=self.cache,
+            memory=self.memory,
+            elastic=self.elastic,
+        )
         log_probs = self.head._log_probs(out.hidden_states[:, -1])
         log_probs[:, list(self.head.config.never)] = -torch.inf
         return log_probs

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moekit.config.base import StrictConfig
 from moekit.config.task import ClassifyHeadConfig, RegressHeadConfig, TagHeadConfig, TaskModelConfig
+from moekit.layers.elastic import Elastic
 from moekit.layers.moe import MoE
 from moekit.layers.plan import RoutingPlan
 from moekit.models.tag_chain import TagChain
@@ -29,7 +30,8 @@ class Hidden:
 
     Attributes: x `[B, S, D]` after the backbone; mask `[B, S]` or None; pooled `[B, D]`; places: where each stem's
         tokens stand in S; inputs: the arrays that the stems read; stems: themselves, for heads that share their tables;
-        onward: where it is causal, the backbone on so many further tokens `[B, 1, D]` behind them, one by one.
+        onward: where it is causal, the backbone on so many further tokens `[B, 1, D]` behind them, one by one;
+        elastic: the routing of the call, for heads with sparse layers of their own.
     """
 
     x: Tensor
@@ -39,6 +41,7 @@ class Hidden:
     inputs: Mapping[str, Mapping[str, Tensor]]
     stems: Mapping[str, nn.Module] = field(default_factory=dict)
     onward: Callable[[int], Callable[[Tensor], Tensor]] | None = None
+    elastic: Elastic | None = None
 
 
 @dataclass

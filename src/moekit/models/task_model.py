@@ -24,6 +24,7 @@ import moekit.models.span_head
 import moekit.models.video_stem  # noqa: F401
 from moekit.config.errors import require
 from moekit.config.task import TaskModelConfig
+from moekit.layers.elastic import Elastic
 from moekit.layers.moe import MoE
 from moekit.layers.plan import RoutingPlan
 from moekit.models import word_stem  # noqa: F401  (registers itself)
@@ -124,6 +125,8 @@ class TaskModel(nn.Module):
         targets: Mapping[str, Tensor] | None = None,
         *,
         earlier_counts: list[Tensor] | None = None,
+        elastic: Elastic | None = None,
+        shifts: Mapping[str, Tensor] | None = None,
     ) -> TaskOutput:
         """Answer.
 
@@ -131,6 +134,8 @@ class TaskModel(nn.Module):
             inputs: the arrays of each stem by name, as its `forward` has them.
             targets: what is wanted of each head that is to be trained.
             earlier_counts: per sparse layer, see `moekit.layers.plan.RoutingContext`.
+            elastic: experts per token, and which may be chosen, in this call alone; every sparse layer follows it.
+            shifts: `[B, S, D]` by stem, added to the vectors that it gives.
         """
         missing = [name for name in self.stems if name not in inputs]
         for head in self._heads.values():
@@ -141,7 +146,9 @@ class TaskModel(nn.Module):
             sorted(inputs),
             f"must hold {', '.join(missing)} for the stems and wide maps of that name",
         )
-        found = {name: stem(**inputs[name]) for name, stem in self.stems.items()}
+        found: dict[str, Vectors] = {name: stem(**inputs[name]) for name, stem in self.stems.items()}
+        for name, shift in (shifts or {}).items():
+            found[name] = replace(found[name], x=found[name].x + shift)
         for one, other in self.config.products:
             first, second = found[one].x[:, :1], found[other].x[:, :1]
             # two vectors of length 1 have a product of about the root of their width less
@@ -157,7 +164,7 @@ class TaskModel(nn.Module):
             if more is not None:
                 x, mask, ids = _behind(x, mask, more)
         x = x if self.fusion is not None else self.embedding_dropout(x)
-        out = self.backbone(x, token_ids=ids, token_mask=mask, earlier_counts=earlier_counts)
+        out = self.backbone(x, token_ids=ids, token_mask=mask, earlier_counts=earlier_counts, elastic=elastic)
         pooled = self.pooling(out.hidden_states, mask)
         mixed = TaskVectors({})
         if self.task_experts is not None:
@@ -167,7 +174,7 @@ class TaskModel(nn.Module):
         vectors = {name: self.head_dropout(vector) for name, vector in mixed.vectors.items()}
         hidden = Hidden(
             self.head_dropout(out.hidden_states), mask, pooled, places, inputs, dict(self.stems),
-            partial(Continuation, self.backbone, *read) if self.config.causal else None,
+            partial(Continuation, self.backbone, *read, elastic=elastic) if self.config.causal else None, elastic,
         )  # fmt: skip
         said = {
             name: head.run(replace(hidden, pooled=vectors.get(name, hidden.pooled)), wanted.get(name))

@@ -105,6 +105,7 @@ class TransformerXL(nn.Module):
         cache: Any = None,
         return_logits: bool = True,
         return_token_losses: bool = False,
+        shift: Tensor | None = None,
     ) -> LanguageModelOutput:
         """Predict the next token at each position of `token_ids` `[B, S]`.
 
@@ -117,6 +118,7 @@ class TransformerXL(nn.Module):
             memory: `output.memory` of the segment before; None at the start.
             memory_length: positions of memory to use and to keep; None for the length of the present mode.
             cache: must be None; the memory takes the place of a key/value cache.
+            shift: `[B, S, D]`, added to the tokens' vectors.
         """
         require(
             cache is None, "cache", type(cache).__name__, "is for the decoder", "Pass memory=output.memory"
@@ -130,7 +132,8 @@ class TransformerXL(nn.Module):
         mask = _attention_mask(segment_ids, real, memory, self._compute_dtype)
         distances = self._distances(mask.shape[2], token_ids.device)
 
-        hidden = self.dropout(self.stem(token_ids))
+        vectors = self.stem(token_ids)
+        hidden = self.dropout(vectors if shift is None else vectors + shift)
         kept: Memory = {}
         for index, layer in enumerate(self.layers):
             name = f"layer_{index}"

@@ -27,11 +27,15 @@ from moekit.config.train import TrainConfig
 from moekit.data.loader import Batch, TrainLoader
 from moekit.data.task_loader import TaskBatch, TaskLoader
 from moekit.layers.balancing import weighted_aux_loss
+from moekit.layers.elastic import Elastic
 from moekit.layers.moe import MoE
 from moekit.layers.statistics import RoutingStats, add_stats, routing_stats
 from moekit.models.task_experts import Mixture
+from moekit.train.adversarial import Adversarial, Learnt
 from moekit.train.device import autocast, resolve_device, resolve_dtype
 from moekit.train.distill import Distillation
+from moekit.train.elastic import drawn, require_elastic
+from moekit.train.experts import DynamicExperts, experts_of, follow
 from moekit.train.memory import keep_freed_memory
 from moekit.train.optimizer import (
     build_optimizer,
@@ -79,12 +83,24 @@ class Trainer:
         # the decoder's layers lie in its backbone, Transformer-XL has its own
         recomputing: Any = getattr(model, "backbone", model)
         recomputing.recompute = config.recompute
+        if config.elastic is not None:
+            require_elastic(config.elastic, self.moe_layers)
+        self.experts = None
+        if config.experts is not None:
+            most_k = 1 if config.elastic is None else max(config.elastic.k, default=1)
+            self.experts = DynamicExperts(model, config.experts, config.steps, config.seed, most_k)
         self.balance = _balance_of(model)
+        self.adversarial = None
+        if config.adversarial is not None:
+            self.adversarial = Adversarial(model, config, loader, self.balance)
         self.optimizer = build_optimizer(model, config.optimizer)
         self.step, self.micro, self.tokens, self.seconds = 0, 0, 0, 0.0
         self._batch_start = loader.state_dict()
         self._memory: list[Any] = [None] * config.accumulation
         self._stats: list[RoutingStats] | None = None
+        self._asked: list[list[Tensor]] = []  # of each micro-batch of this step, where they differ in setting
+        self.last_stats: list[RoutingStats] = []  # of the step that was finished last
+        self.reshaped = False  # whether its end brought other experts
         self._losses: list[float] = []  # of the micro-batches of this step, weighted by their targets
         self._aux: list[dict[str, float]] = []
 
@@ -125,12 +141,23 @@ class Trainer:
         return self._finish_step(batch)
 
     def _micro_step(self, batch: AnyBatch, n_targets: int) -> None:
-        earlier = [stats.requested_per_expert for stats in self._stats] if self._stats else None
-        kwargs: dict[str, Any] = {"earlier_counts": earlier} if earlier else {}
+        kwargs: dict[str, Any] = {}
+        earlier = self._earlier_counts()
+        if earlier:
+            kwargs["earlier_counts"] = earlier
+        if self.config.elastic is not None:
+            kwargs["elastic"] = self._drawn(self.micro)
+        attack, attacked = self.adversarial, None
         with autocast(self.device, self.dtype):
             if self.is_language:
-                kwargs |= {"memory": self._memory[self.micro], "return_logits": self.distillation is not None}
-            out = self.model(**batch.arguments(), **kwargs)
+                wanted = self.distillation is not None or (attack is not None and attack.reads_logits)
+                kwargs |= {"memory": self._memory[self.micro], "return_logits": wanted}
+            arguments = {**batch.arguments(), **kwargs}
+            if attack is not None:
+                moved = attack.moved(self.model, arguments, self.step, self.micro)
+            out = self.model(**arguments)
+            if attack is not None:
+                attacked = self.model(**moved)
             matched = None
             if self.distillation is not None and isinstance(batch, Batch):
                 matched = self.distillation.loss(batch, out.logits)
@@ -140,18 +167,44 @@ class Trainer:
         if self.distillation is not None and matched is not None:
             task_loss = self.distillation.mixed(out.loss, matched)
         loss = task_loss * share + weighted_aux_loss(out.aux_losses, self.balance) * aux_share
-        self._require_finite(float(loss.detach()), f"loss of micro-batch {self.micro + 1}")
-        loss.backward()
+        learnt: Learnt = [(loss, None)] if attack is None else []
+        more: dict[str, float] = {}
+        if attack is not None and attacked is not None:
+            learnt, more = attack.learnt(self.model, loss, out, attacked, batch, share, aux_share, self.step)
+        self._require_finite(
+            sum(float(one.detach()) for one, _ in learnt), f"loss of micro-batch {self.micro + 1}"
+        )
+        for number, (one, parameters) in enumerate(learnt, start=1):
+            one.backward(inputs=parameters, retain_graph=number < len(learnt))
         if self.is_language:
             # rows of "shuffled" sequences do not go on in the next batch: what went before is another text
             goes_on = isinstance(self.loader, TrainLoader) and self.loader.order == "streams"
             self._memory[self.micro] = out.memory if goes_on else None
         self._losses.append(float(out.loss.detach()) * share)
         self._aux.append({name: float(value.detach()) * aux_share for name, value in out.aux_losses.items()})
+        self._aux[-1] |= more
         if matched is not None:
             self._aux[-1]["distillation"] = float(matched.detach()) * share
         if out.routing:
-            self._stats = add_stats(self._stats, routing_stats(out.routing))
+            found = routing_stats(out.routing)
+            self._stats = add_stats(self._stats, found)
+            if self.config.elastic is not None:
+                self._asked.append([stats.requested_per_expert for stats in found])
+
+    def _drawn(self, micro: int) -> Elastic:
+        assert self.config.elastic is not None
+        return drawn(self.config.elastic, self.config.seed, self.step, micro)
+
+    def _earlier_counts(self) -> list[Tensor] | None:
+        """Choices of the experts of each layer in this step so far; only those made at the setting of the next.
+
+        Choices among fewer experts would make the loss call the closed ones underused, and pull tokens to them.
+        """
+        if self.config.elastic is None:
+            return [stats.requested_per_expert for stats in self._stats] if self._stats else None
+        here = self._drawn(self.micro)
+        same = [asked for micro, asked in enumerate(self._asked) if self._drawn(micro) == here]
+        return [torch.stack(layer).sum(dim=0) for layer in zip(*same, strict=True)] or None
 
     def _finish_step(self, batch: AnyBatch) -> Metrics:
         norm = float(clip_gradients(self.optimizer, self.config.gradient_clip))
@@ -175,8 +228,23 @@ class Trainer:
             metrics[f"aux/{name}"] = sum(aux[name] for aux in self._aux)
         if self._stats:
             metrics |= balance_metrics(self._stats)
-        self.micro, self._stats, self._losses, self._aux = 0, None, [], []
+        self.last_stats = self._stats or []
+        if self.experts is not None:
+            # by name, while the names are those of the optimizer
+            before = optimizer_tensors(self.optimizer, self.model)
+            said, moments = self.experts.after_step(self.step, self._stats or [], metrics["loss"])
+            self.reshaped = bool(moments)
+            if moments:
+                self._renew_optimizer(follow(before, moments))
+            if said:
+                metrics["experts"] = said
+        self.micro, self._stats, self._asked, self._losses, self._aux = 0, None, [], [], []
         return metrics
+
+    def _renew_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """An optimizer of the parameters that the model has now, with the moments of those that they came from."""
+        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        load_optimizer_tensors(self.optimizer, self.model, tensors)
 
     def _require_finite(self, value: float, what: str) -> None:
         if value != value or value in (float("inf"), float("-inf")):
@@ -209,6 +277,8 @@ class Trainer:
             for index, stats in enumerate(self._stats or []):
                 for name, tensor in vars(stats).items():
                     named[f"routing.{index}.{name}"] = tensor
+            for micro, asked in enumerate(self._asked):
+                named |= {f"asked.{micro}.{index}": counts for index, counts in enumerate(asked)}
         return {name: tensor.detach() for name, tensor in named.items()}
 
     def state(self) -> dict[str, Any]:
@@ -222,6 +292,7 @@ class Trainer:
             "layout": self._layout(),
             "losses": self._losses,
             "aux": self._aux,
+            **({"experts": self.experts.state()} if self.experts is not None else {}),
         }
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -236,6 +307,11 @@ class Trainer:
         for name, tensor in tensors.items():
             group, _, rest = name.partition(".")
             groups.setdefault(group, {})[rest] = tensor
+        if self.experts is None:
+            self._require_same_experts(state.get("experts"))
+        elif "experts" in state:
+            self.experts.load(state["experts"])
+            self.optimizer = build_optimizer(self.model, self.config.optimizer)
         load_model_tensors(self.model, groups.get("model", {}))
         load_optimizer_tensors(self.optimizer, self.model, groups.get("optimizer", {}))
         torch.set_rng_state(groups["rng"]["cpu"])
@@ -250,10 +326,25 @@ class Trainer:
         self._memory = [memory.get(index) for index in range(self.config.accumulation)]
         routing = _nested(groups.get("routing", {}), self.device)
         self._stats = [RoutingStats(**routing[index]) for index in sorted(routing)] or None
+        asked = _nested(groups.get("asked", {}), self.device)
+        self._asked = [[asked[micro][str(n)] for n in range(len(asked[micro]))] for micro in sorted(asked)]
         self.optimizer.zero_grad(set_to_none=True)  # of a step that was begun here, or was not finite
         parameters = dict(self.model.named_parameters())
         for name, gradient in groups.get("gradient", {}).items():
             parameters[name].grad = gradient.to(self.device).clone()
+
+    def _require_same_experts(self, state: Mapping[str, Any] | None) -> None:
+        """Raise `CheckpointError` where layers have had experts added or dropped, which `train.experts` alone knows."""
+        config = getattr(self.model, "config", None)
+        if state is None or not isinstance(config, SparseLayers):
+            return
+        for layer, n in experts_of(state).items():
+            moe = config.moe_of(layer)
+            if moe is not None and moe.n_experts != n:
+                raise CheckpointError(
+                    f"train.experts must be set to go on: layer {layer} has {n} experts in the checkpoint, "
+                    f"{moe.n_experts} by the configuration. To change no more of them: train.experts={{}}"
+                )
 
     def _layout(self) -> dict[str, Any]:
         """What the place in the data, the memory and a half-done step are bound to, by configuration key."""
@@ -278,7 +369,7 @@ def _yaml(value: Any) -> str:
 
 
 def balance_metrics(stats: list[RoutingStats]) -> Metrics:
-    """What is logged of the routing: the worst layer's balance, and the load of each expert averaged over layers.
+    """What is logged of the routing: the worst layer's balance, each layer's, and the load averaged over layers.
 
     Layers with different numbers of experts have no expert in common: no load is logged of them.
     """
@@ -289,6 +380,11 @@ def balance_metrics(stats: list[RoutingStats]) -> Metrics:
         "dropped_share": sum(layer.dropped_share() for layer in stats) / len(stats),
         "mean_active_experts": sum(layer.mean_active_experts() for layer in stats) / len(stats),
         **({"load": torch.stack(loads).mean(dim=0).tolist()} if equal else {}),
+        "by_layer": {
+            "load_entropy": [round(layer.load_entropy(), 5) for layer in stats],
+            "max_violation": [round(layer.max_violation(), 5) for layer in stats],
+            "dead_experts": [layer.dead_experts() for layer in stats],
+        },
     }
 
 

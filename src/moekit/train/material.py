@@ -20,11 +20,14 @@ from moekit.data.encoding.codebook import CodesEncoder
 from moekit.data.encoding.whole import EncodedExamples, Encoding
 from moekit.data.encoding.wide import WideFit, fit_wide
 from moekit.data.examples import TaskData
+from moekit.data.groups import groups_of
 from moekit.data.loader import TrainLoader, evaluation_batches
 from moekit.data.prepare import PreparedData, prepare
 from moekit.data.task_data import load_task_data
 from moekit.data.task_loader import TaskLoader, task_batches
 from moekit.data.tokenizer import Tokenizer
+from moekit.observe.recorder import Recorder
+from moekit.observe.tasks import add_task
 
 AnyRunConfig = RunConfig | TaskRunConfig
 Progress = Callable[[str], None]
@@ -39,6 +42,14 @@ class Material(Protocol):
     fingerprint: str
     sources: list[SourceInfo]
     tokenizer: Tokenizer | None
+
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups of tokens in validation: domains, or classes."""
+        ...
+
+    def observe(self, recorder: Recorder, batch: Any, out: Any, step: int) -> None:
+        """Give the routing of a batch of validation to a recorder of these groups."""
+        ...
 
     def loader(self) -> TrainLoader | TaskLoader:
         """A new loader of the training examples, at their beginning."""
@@ -70,6 +81,15 @@ class TextMaterial:
         self.config = config.replace(model=model)
         self.fingerprint, self.sources = self.data.fingerprint, self.data.sources
         self.tokenizer: Tokenizer | None = self.data.tokenizer
+
+    def groups(self) -> tuple[str, ...]:
+        return self.data.validation.domains
+
+    def observe(self, recorder: Recorder, batch: Any, out: Any, step: int) -> None:
+        recorder.add(
+            out.routing, token_ids=batch.token_ids, targets=batch.targets, groups=batch.domain_ids,
+            texts=batch.segment_ids, step=step,
+        )  # fmt: skip
 
     def loader(self) -> TrainLoader:
         train, data = self.config.train, self.config.data
@@ -148,6 +168,16 @@ class TaskMaterial:
                     target.wide_fit, target.wide_c, bags, encoder.wide, classes.numpy(), len(encoder.labels)
                 )
         return found
+
+    @cached_property
+    def _groups(self) -> tuple[tuple[str, ...], list[int]]:
+        return groups_of(self.config, self.data.validation)
+
+    def groups(self) -> tuple[str, ...]:
+        return self._groups[0]
+
+    def observe(self, recorder: Recorder, batch: Any, out: Any, step: int) -> None:
+        add_task(recorder, batch.inputs, out, batch.rows, self._groups[1], step)
 
     def loader(self) -> TaskLoader:
         # bags that fixed maps alone read stay behind: nothing in training looks at them

@@ -6,6 +6,7 @@ runs/<name>-<number>/
     run.json          versions, data fingerprint, parameters
     metrics.jsonl     the truth about the run, one line per event
     checkpoints/      step-00000200/ ...
+    routing/          what routers decided, where train.record asks for it
     final.json        written at the end
 """
 
@@ -39,12 +40,18 @@ from moekit.data.prepare import PreparedData
 from moekit.data.tokenizer import Tokenizer, load_tokenizer
 from moekit.models import build_model
 from moekit.models.accounting import active_parameters, total_parameters
+from moekit.models.language_model import LanguageModel
+from moekit.models.reshape_experts import shaped_like
 from moekit.models.task_model import TaskModel
+from moekit.observe.recorder import layers_of
+from moekit.train.alarms import RoutingWatch
 from moekit.train.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from moekit.train.distill import TeacherOpener, open_distillation
+from moekit.train.experts import experts_of
 from moekit.train.loop import Metrics, Trainer, balance_metrics, load_model_tensors
 from moekit.train.lora import add_lora, merge_lora
-from moekit.train.material import AnyRunConfig, Material, material_of
+from moekit.train.material import AnyRunConfig, Material, TextMaterial, material_of
+from moekit.train.observing import FOLDER, TrainingRecord
 from moekit.train.optimizer import freeze_all_but
 from moekit.train.terminal import TrainingView
 from moekit.train.trackers import MetricsLog, make_trackers, read_metrics
@@ -121,6 +128,7 @@ def train_run(
             "total_parameters": total_parameters(config.model),
             "active_parameters": active_parameters(config.model),
             "trained_parameters": sum(p.numel() for p in run.trainer.model.parameters() if p.requires_grad),
+            "bytes_per_token": _bytes_per_token(material),
             "started_from": None if start is None else dict(start.origin),
         },
     )
@@ -164,6 +172,17 @@ def resume_run(
     return run.go(folder)
 
 
+def _bytes_per_token(material: Material) -> float | None:
+    """Of what a validation predicts: turns its nats of a token into bits of a byte; None where no text is predicted."""
+    if not isinstance(material, TextMaterial):
+        return None
+    lengths, n_bytes, n_tokens = torch.from_numpy(material.data.tokenizer.byte_lengths()), 0, 0
+    for batch in material.validation():
+        targets = batch.targets[batch.targets >= 0]
+        n_bytes, n_tokens = n_bytes + int(lengths[targets].sum()), n_tokens + len(targets)
+    return n_bytes / n_tokens if n_tokens else None
+
+
 def _reporter(quiet: bool) -> Callable[[str], None] | None:
     return None if quiet else lambda message: print(message, flush=True)
 
@@ -198,6 +217,9 @@ def load_run(folder: Path | str, device: str = "cpu") -> LoadedRun:
     config = with_own_tokenizer(load_run_config(_config_file(folder), []), folder)
     tensors, state = _newest_weights(folder)
     model = build_model(config.model)
+    if "experts" in state and isinstance(model, LanguageModel):
+        shaped_like(model, experts_of(state["experts"]))
+        config = config.replace(model=model.config)  # what the run began with is not what it has now
     if config.train.lora is not None:
         add_lora(model, config.train.lora)
     load_model_tensors(model, tensors)
@@ -281,6 +303,8 @@ class _Run:
         elif config.train.trainable is not None:
             freeze_all_but(model, config.train.trainable)
         self.trainer = Trainer(model, config.train, loader, self.stop, distillation)
+        self.record: TrainingRecord | None = None
+        self._observe()
         self.validation: dict[str, Any] = {}  # the last one, empty where it was cut short
         self._saved: tuple[int, int] | None = None
 
@@ -289,9 +313,25 @@ class _Run:
         newest = latest_checkpoint(folder / "checkpoints")
         if newest is None:
             return False
-        self.trainer.load(*load_checkpoint(newest, verify=False))
+        tensors, state = load_checkpoint(newest, verify=False)
+        self.trainer.load(tensors, state)
+        self._observe()  # there may be other experts than the configuration says
+        self.watch.load(state.get("alarms"))
+        if self.record is not None:
+            self.record.load(state.get("record"), folder / FOLDER, self.trainer.step)
         self._saved = (self.trainer.step, self.trainer.micro)
         return True
+
+    def _observe(self) -> None:
+        """Watch the experts that the model has now, and record them, from nothing on where they are not the same."""
+        config, model, before = self.config.train, self.trainer.model, getattr(self, "watch", None)
+        self.watch = RoutingWatch(model, config)
+        if before is not None:
+            self.watch.take_over(before)
+        known = None if self.record is None else self.record.layers
+        if config.record is not None and self.trainer.moe_layers and known != layers_of(model):
+            groups = self.material.groups()
+            self.record = TrainingRecord(config.record, model, groups, self.material.validation)
 
     def go(self, folder: Path) -> RunResult:
         train, trainer, result = self.config.train, self.trainer, folder / "final.json"
@@ -311,9 +351,14 @@ class _Run:
             first_step = trainer.step
             for metrics in trainer.steps():
                 step, last = trainer.step, trainer.step == train.steps
+                if self.record is not None:
+                    self.record.add(step, trainer.last_stats)
+                self._warn(log, view)
+                if trainer.reshaped:
+                    self._observe()
                 if self._validates_at(step):
                     self._validate(log, trackers)
-                if last or step % train.log_every == 0:
+                if last or step % train.log_every == 0 or "experts" in metrics:
                     values = {name: value for name, value in metrics.items() if name != "step"}
                     log.log(step, values)
                     for tracker in trackers:
@@ -335,6 +380,12 @@ class _Run:
         write_json(result, final)
         return RunResult(folder, final)
 
+    def _warn(self, log: MetricsLog, view: TrainingView | None) -> None:
+        for alarm in self.watch.step(self.trainer.last_stats):
+            log.log(self.trainer.step, alarm.values(), "alarm")
+            if view is not None:
+                view.alarm(alarm.message)
+
     def _validates_at(self, step: int) -> bool:
         train = self.config.train
         return step >= train.steps or (train.validate_every > 0 and step % train.validate_every == 0)
@@ -343,14 +394,26 @@ class _Run:
         """Validate and log; where SIGTERM comes meanwhile, leave it: it is made up for when the run goes on."""
         trainer = self.trainer
         batches = takewhile(lambda _: not self.stop(), self.material.validation())
-        result = loss_over(trainer.model, batches, trainer.device, trainer.dtype)
+        recorder = None if self.record is None else self.record.recorder()
+
+        def observe(batch: Any, out: Any) -> None:
+            if recorder is not None:
+                self.material.observe(recorder, batch, out, trainer.step)
+
+        result = loss_over(trainer.model, batches, trainer.device, trainer.dtype, observe)
         if self.stop():
             self.validation = {}
             return
+        if self.record is not None and recorder is not None:
+            self.record.keep(recorder, trainer.step)
+            # for those who look while it trains; a resumed run takes from it what its checkpoint knows of
+            self.record.save(log.path.parent / FOLDER, run=log.path.parent.name)
         self.validation = {"validation_loss": result.mean}
         if result.stats:
             self.validation |= {
-                f"validation_{k}": v for k, v in balance_metrics(result.stats).items() if k != "load"
+                f"validation_{k}": v
+                for k, v in balance_metrics(result.stats).items()
+                if k not in ("load", "by_layer")
             }
         log.log(
             trainer.step,
@@ -378,9 +441,12 @@ class _Run:
         if self._saved == (trainer.step, trainer.micro):
             return
         keep = self.config.train.keep_checkpoints
-        save_checkpoint(
-            folder / "checkpoints", trainer.step, trainer.tensors(), trainer.state(), keep, trainer.micro
-        )
+        state = {**trainer.state(), "alarms": self.watch.state()}
+        if self.record is not None:
+            # before the checkpoint, which takes up what is there: later moments than its own are cut off
+            self.record.save(folder / FOLDER, run=folder.name)
+            state["record"] = self.record.state()
+        save_checkpoint(folder / "checkpoints", trainer.step, trainer.tensors(), state, keep, trainer.micro)
         self._saved = (trainer.step, trainer.micro)
 
     def _show(self, view: TrainingView, metrics: Metrics, eta_seconds: float) -> None:

@@ -118,6 +118,18 @@ class TrainingView:
             self._drawn = now
             self._print()
 
+    def alarm(self, text: str) -> None:
+        """A line that stays: above the panel, or among the plain lines.
+
+        >>> from io import StringIO
+        >>> out = StringIO()
+        >>> with TrainingView(300, "moe", console=Console(file=out, width=60)) as view:
+        ...     view.alarm("layer 0: expert 3 is dead")
+        >>> print(out.getvalue(), end="")
+        alarm: layer 0: expert 3 is dead
+        """
+        self.console.print(Text(self._encodable(f"alarm: {text}"), style="red"), soft_wrap=True)
+
     def __rich__(self) -> Panel:
         width = max(20, self.console.width - 4)
         ascii_only = self.console.options.ascii_only

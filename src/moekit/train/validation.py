@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +31,14 @@ class LossSum:
 
 
 def loss_over(
-    model: nn.Module, batches: Iterable[Batch | TaskBatch], device: torch.device, dtype: torch.dtype
-) -> LossSum:
+    model: nn.Module, batches: Iterable[Batch | TaskBatch], device: torch.device, dtype: torch.dtype,
+    on_output: Callable[[Any, Any], None] | None = None,
+) -> LossSum:  # fmt: skip
     """Evaluate on batches whose rows continue each other, so that a recurrent model carries its memory.
 
     The model is put back into the mode it was in; torch's generators are left as they were. A router that draws in
-    evaluation too draws the same every time, so that the result depends on model and batches alone.
+    evaluation too draws the same every time, so that the result depends on model and batches alone. `on_output` is
+    called with each batch and what the model gave for it.
     """
     was_training = model.training
     model.eval()
@@ -64,6 +66,8 @@ def loss_over(
                 if out.n_targets:
                     total += float(out.loss) * out.n_targets
                     n_targets += out.n_targets
+                if on_output is not None:
+                    on_output(batch, out)
                 if out.routing:
                     stats = add_stats(stats, routing_stats(out.routing))
     finally:

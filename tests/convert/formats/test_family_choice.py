@@ -64,6 +64,7 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str], str, set[str]]] = {
     "dense by number": ({"n_layers": 3, "dense_layers": [1]}, {"qwen3_moe", "qwen2_moe"}, "dense_layers", SPARSE),
     "experts in 8 bits": ({"moe": {"d_expert": 32, "quantization": {"bits": 8, "group_size": 32}}}, set(),
                           "quantization", {"mixtral", "olmoe", "qwen3_moe"}),
+    "families of experts": ({"moe": {"families": True}}, set(), "expert_families", SPARSE),
     "merged experts": ({"moe": {"merged_into": [0, 1, 2, 3, 4, 5, 6, 7, 7]}}, set(), "merged_experts", SPARSE),
     "maps in 8 bits": ({"linear_quantization": {"bits": 8, "group_size": 32}}, set(), "linear_quantization",
                        set(TYPES)),

@@ -20,7 +20,7 @@ PLAIN = {
     "null_experts": "0", "linear_path": "no", "output_bias": "no", "capacity_factor": "none", "rope_scaling": "none",
     "layer_sizes": "equal", "layer_routers": "equal", "shared_width": "whole experts",
     "head_width": "d_model / n_heads",
-    "merged_experts": "no", "quantization": "none", "linear_quantization": "none",
+    "merged_experts": "no", "expert_families": "no", "quantization": "none", "linear_quantization": "none",
 }  # fmt: skip
 
 Found = dict[str, dict[str, list[int]]]  # feature -> value -> layers
@@ -91,6 +91,7 @@ def _of_layer(moe: MoEConfig) -> dict[str, str]:
         "output_bias": _yes(moe.output_bias),
         "capacity_factor": "none" if moe.capacity_factor is None else str(moe.capacity_factor),
         "merged_experts": _yes(moe.merged_into is not None),
+        "expert_families": _yes(moe.families),
         "quantization": _bits(moe.quantization),
     }
 

@@ -184,7 +184,7 @@ def open_model(name: str | Path, dtype: torch.dtype | None = torch.float32) -> O
     if kind == "huggingface" and is_encoder_folder(path):
         encoder, accounting = read_encoder_folder(path, dtype)
         return OpenedModel(encoder, path, kind, None, files, (), accounting)
-    tokenizer = _tokenizer(files)
+    tokenizer = tokenizer_of(files)
     if kind == "moekit":
         described = read_description(path)
         model = read_model_folder(path, dtype)
@@ -204,7 +204,8 @@ def _history_of_run(folder: Path, steps: int) -> tuple[Mapping[str, Any], ...]:
     return (*before, {"step": "trained", "run": folder.name, "steps": steps})
 
 
-def _tokenizer(files: Mapping[str, Path]) -> Tokenizer | None:
+def tokenizer_of(files: Mapping[str, Path]) -> Tokenizer | None:
+    """The tokenizer among a model's files; None where there is none that moekit reads."""
     if "tokenizer.json" not in files:
         return None
     try:

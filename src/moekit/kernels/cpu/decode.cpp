@@ -306,7 +306,7 @@ inline int64_t items_of(int64_t bytes, int64_t item_bytes, int64_t step, int64_t
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void decode(const Layer& l, const void* x, int64_t x_float, const int64_t* index, const float* weight, int64_t n_tokens,
-            int64_t top_k, void* y, int64_t y_float) {
+            int64_t top_k, const float* start, void* y, int64_t y_float) {
   thread_local Arena arena;
   thread_local Parts phases[4];
   const bool gated = l.how.kind < kGlu, transposed = l.in.format == kBf16Transposed;
@@ -440,6 +440,7 @@ void decode(const Layer& l, const void* x, int64_t x_float, const int64_t* index
     const int64_t t = unit / y_units, first = unit % y_units * kColumns, last = std::min(first + kColumns, l.o);
     for (int64_t c = first; c < last; c += 32) {
       __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+      for (int64_t i = 0; start && i < 2; i++) sum[i] = _mm512_loadu_ps(start + t * l.o + c + 16 * i);
       for (int64_t r = t * top_k; r < (t + 1) * top_k; r++) {
         if (place[r] < 0) continue;
         const float* from = answers + place[r] * l.o + c;
@@ -547,9 +548,11 @@ extern "C" int moekit_quantized_linear(const Matrix* matrix, const void* x, int6
   return 1;
 }
 
+// `start` float [T, O], what the weighted sums begin with, or null: experts that come one after another, in the order of K,
+// give the bits that they give together.
 extern "C" int moekit_decode(const Layer* layer, const void* x, int64_t x_float, const int64_t* index, const float* weight,
-                             int64_t n_tokens, int64_t top_k, void* y, int64_t y_float) try {
-  decode(*layer, x, x_float, index, weight, n_tokens, top_k, y, y_float);
+                             int64_t n_tokens, int64_t top_k, const float* start, void* y, int64_t y_float) try {
+  decode(*layer, x, x_float, index, weight, n_tokens, top_k, start, y, y_float);
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

@@ -44,7 +44,11 @@ class _Layer(ctypes.Structure):
 LIBRARY = Library(
     "decode",
     {
-        "moekit_decode": [ctypes.POINTER(_Layer), POINTER, SIZE, POINTER, POINTER, SIZE, SIZE, POINTER, SIZE],
+        "moekit_decode": [ctypes.POINTER(_Layer), POINTER, SIZE]
+        + [POINTER] * 2
+        + [SIZE] * 2
+        + [POINTER] * 2
+        + [SIZE],
         "moekit_quantized_linear": [ctypes.POINTER(_Matrix), POINTER, SIZE, SIZE, POINTER, POINTER, SIZE],
     },
     features=("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16", "avx512_vnni"),
@@ -67,8 +71,9 @@ def decode_fits(weights: ExpertWeights) -> str:
     inner = weights.w_in.shape[2 if weights.transposed else 1]
     if inner != gates * f:
         return f"w_in must have {gates * f} hidden values for d_expert={f} and {weights.activation.kind}; got {inner}"
-    if weights.w_out.shape[0] != weights.n_experts:
-        return f"w_out must have as many experts as w_in ({weights.n_experts}); got {weights.w_out.shape[0]}"
+    n_stacked = weights.n_stacked
+    if weights.w_out.shape[0] != n_stacked:
+        return f"w_out must have as many experts as w_in ({n_stacked}); got {weights.w_out.shape[0]}"
     if weights.interleaved and gates == 2 and isinstance(weights.w_in, QuantizedMatrix):
         return "w_in cannot be quantised and interleaved; quantize_experts sorts it"
     for name, matrix in (("w_in", weights.w_in), ("w_out", weights.w_out)):
@@ -80,8 +85,8 @@ def decode_fits(weights: ExpertWeights) -> str:
         if bias is None:
             continue
         types.add(bias.dtype)
-        if tuple(bias.shape) != (weights.n_experts, size) or not bias.is_contiguous():
-            return f"{name} must be contiguous [{weights.n_experts}, {size}]; got {list(bias.shape)}"
+        if tuple(bias.shape) != (n_stacked, size) or not bias.is_contiguous():
+            return f"{name} must be contiguous [{n_stacked}, {size}]; got {list(bias.shape)}"
         if bias.dtype not in (torch.bfloat16, torch.float32) or bias.device.type != "cpu" or len(types) > 1:
             return f"biases must be bfloat16 or float32, both the same, on the CPU; got {bias.dtype} on {bias.device}"
     return ""
@@ -95,7 +100,11 @@ def decode_fits(weights: ExpertWeights) -> str:
     fits=decode_fits,
 )
 def expert_decode(
-    tokens: Tensor, expert_index: Tensor, expert_weight: Tensor, weights: ExpertWeights
+    tokens: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    weights: ExpertWeights,
+    start: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of each token's experts.
 
@@ -103,11 +112,12 @@ def expert_decode(
         tokens: `[T, D]`, bfloat16 or float32.
         expert_index: `[T, K]`, int64. Rows outside 0..E-1 (experts of another rank) are skipped.
         expert_weight: `[T, K]`, multiplied by (W_out a + b_out).
-        weights: as `decode_fits` allows them.
+        weights: as `decode_fits` allows them; choices of an expert without a slot are skipped.
+        start: `[T, O]` float32, the sums of the experts before these in the order of K; they go on from there.
 
     Returns:
-        `[T, O]` in the type of `tokens`; zeros for a token without an expert. The sum over a token's experts runs in
-        the order of its K, and the result has the same bits for any number of threads.
+        `[T, O]` in the type of `tokens`, float32 with `start`; zeros for a token without an expert. The sum over a
+        token's experts runs in the order of its K, and the result has the same bits for any number of threads.
 
     Errors: `ConfigError` for other types, for weights that do not fit, and where a gradient is wanted.
 
@@ -121,19 +131,29 @@ def expert_decode(
     if torch.is_grad_enabled():
         _refuse_gradients(tokens, expert_weight, weights)
     n_tokens, top_k = expert_index.shape
-    y_type = tokens.dtype
-    if y_type is not torch.bfloat16 and y_type is not torch.float32:
-        require(False, "tokens.dtype", y_type, "must be bfloat16 or float32")
+    x_type = tokens.dtype
+    if x_type is not torch.bfloat16 and x_type is not torch.float32:
+        require(False, "tokens.dtype", x_type, "must be bfloat16 or float32")
     if tokens.shape != (n_tokens, entry.d) or expert_weight.shape != expert_index.shape:
         _refuse_shapes(tokens, expert_index, expert_weight, entry.d)
     # each of these is the tensor itself where nothing has to be done
     tokens, index = tokens.contiguous(), expert_index.to(torch.int64).contiguous()
+    if weights.slots is not None:
+        here = (index >= 0) & (index < len(weights.slots))
+        index = torch.where(here, weights.slots[index * here], -1)
     row_weight = expert_weight.to(torch.float32).contiguous()
-    y = tokens.new_empty(n_tokens, entry.o)
-    is_float = y_type is torch.float32
+    y_type, begin = x_type, 0
+    if start is not None:
+        if start.shape != (n_tokens, entry.o) or start.dtype is not torch.float32:
+            require(
+                False, "start", (tuple(start.shape), start.dtype), f"must be {n_tokens, entry.o}, float32"
+            )
+        start = start.contiguous()
+        y_type, begin = torch.float32, start.data_ptr()
+    y = tokens.new_empty(n_tokens, entry.o, dtype=y_type)
     failed = entry.call(
-        entry.layer, tokens.data_ptr(), is_float, index.data_ptr(), row_weight.data_ptr(), n_tokens, top_k,
-        y.data_ptr(), is_float,
+        entry.layer, tokens.data_ptr(), x_type is torch.float32, index.data_ptr(), row_weight.data_ptr(),
+        n_tokens, top_k, begin, y.data_ptr(), y_type is torch.float32,
     )  # fmt: skip
     if failed:
         raise MemoryError(f"not enough memory to decode {n_tokens} tokens by {top_k} experts each")
@@ -193,7 +213,7 @@ def _described(weights: ExpertWeights) -> _Layer:
     (d, f, o), how = weights.sizes, weights.activation
     biases = [bias for bias in (weights.b_in, weights.b_out) if bias is not None]
     return _Layer(
-        weights.n_experts, d, f, o, weights.interleaved, bool(biases) and biases[0].dtype == torch.float32,
+        weights.n_stacked, d, f, o, weights.interleaved, bool(biases) and biases[0].dtype == torch.float32,
         _at(weights.b_in), _at(weights.b_out),
         matrix_entry(weights.w_in, weights.transposed), matrix_entry(weights.w_out, weights.transposed),
         KINDS[how.kind], how.alpha, how.limit, how.offset,

@@ -314,10 +314,12 @@ struct Layer {
   bool transposed, interleaved, amx;
   Activation how;
   const V *x, *w_in, *w_out, *b_in, *b_out;
+  const int64_t* slot;  // where an expert's weights lie in the stacks, or null: each in its own place; forward only
   int64_t gates;  // G
   std::vector<int64_t> stored;  // where each expert's chunks begin, in padded rows
 
   int64_t gf() const { return gates * f; }
+  int64_t at(int64_t e) const { return slot ? slot[e] : e; }
   int64_t rows_of(int64_t e) const { return begin[e + 1] - begin[e]; }
   int64_t padded_rows(int64_t e) const { return stored[e + 1] - stored[e]; }
   // where hidden unit `unit` (part 0 gate, 1 linear) stands among the G*F outputs of w_in
@@ -388,8 +390,8 @@ void forward(const Layer<V>& l, V* rows, V* hidden) {
       for (int64_t b = 0; b < n_all; b += kRows) {
         pack_transposed(l.x, l.token + first + b, p.n_rows - b, std::min(kRows, n_all - b), l.d, packed + b * l.d);
       }
-      const V* up_map = l.w_in + p.expert * l.gf() * l.d;
-      const V* bias = l.b_in ? l.b_in + p.expert * l.gf() : nullptr;
+      const V* up_map = l.w_in + l.at(p.expert) * l.gf() * l.d;
+      const V* bias = l.b_in ? l.b_in + l.at(p.expert) * l.gf() : nullptr;
       V* kept = hidden ? hidden + kept_at * l.gf() + column : nullptr;
       for (int64_t f = 0; f < l.f; f += kTile) {
         const int64_t m = std::min(kTile, l.f - f);
@@ -411,10 +413,10 @@ void forward(const Layer<V>& l, V* rows, V* hidden) {
                           scale + b, inner + b * l.f, f});
         }
       }
-      const V* out_bias = l.b_out ? l.b_out + p.expert * l.o : nullptr;
+      const V* out_bias = l.b_out ? l.b_out + l.at(p.expert) * l.o : nullptr;
       for (int64_t o = 0; o < l.o; o += kTile) {
         const int64_t m = std::min(kTile, l.o - o);
-        const V* left = l.rows(l.w_out + p.expert * l.o * l.f, l.o, l.f, !l.transposed, o, m, strip);
+        const V* left = l.rows(l.w_out + l.at(p.expert) * l.o * l.f, l.o, l.f, !l.transposed, o, m, strip);
         for (int64_t b = 0; b < n_all; b += kRows) {
           const int64_t n = std::min(kRows, n_all - b);
           product(l.amx, m, n, l.f, l.f, left, inner + b * l.f, n, g, b == 0 && !l.transposed);
@@ -684,6 +686,7 @@ struct LayerArguments {
   int64_t n_experts, d, f, o, chunk, transposed, interleaved, amx, kind, is_float;
   double alpha, limit, offset;
   const void *x, *w_in, *w_out, *b_in, *b_out;
+  const int64_t* slot;
 };
 }
 
@@ -694,7 +697,7 @@ Layer<V> layer_of(const LayerArguments& a) {
   const auto as = [](const void* p) { return static_cast<const V*>(p); };
   Layer<V> l{a.token, a.begin, a.weight, a.n_experts, a.d, a.f, a.o, a.chunk, a.transposed != 0, a.interleaved != 0, a.amx != 0,
              {a.kind, static_cast<float>(a.alpha), static_cast<float>(a.limit), static_cast<float>(a.offset)},
-             as(a.x), as(a.w_in), as(a.w_out), as(a.b_in), as(a.b_out), a.kind < kGlu ? 2 : 1, {}};
+             as(a.x), as(a.w_in), as(a.w_out), as(a.b_in), as(a.b_out), a.slot, a.kind < kGlu ? 2 : 1, {}};
   l.stored.assign(a.n_experts + 1, 0);
   for (int64_t e = 0; e < a.n_experts; e++) l.stored[e + 1] = l.stored[e] + padded(l.rows_of(e), 16);
   return l;

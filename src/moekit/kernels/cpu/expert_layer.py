@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moekit.config.errors import ConfigError
 from moekit.kernels.cpu import has_amx
 from moekit.kernels.cpu.library import POINTER, SIZE, Library, at
 from moekit.kernels.expert_weights import KINDS, Activation, ExpertWeights
@@ -35,7 +36,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n_experts", "d", "f", "o", "chunk")),
         *((name, ctypes.c_int64) for name in ("transposed", "interleaved", "amx", "kind", "is_float")),
         *((name, ctypes.c_double) for name in ("alpha", "limit", "offset")),
-        *((name, ctypes.c_void_p) for name in ("x", "w_in", "w_out", "b_in", "b_out")),
+        *((name, ctypes.c_void_p) for name in ("x", "w_in", "w_out", "b_in", "b_out", "slot")),
     )
 
 
@@ -76,11 +77,60 @@ def expert_layer_cpu(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """The weighted sum of each token's experts, `[T, O]` in `dtype`; zeros for a token without a row."""
+    if weights.slots is not None:
+        rows = tokens.new_empty(len(token_index), weights.sizes[2], dtype=dtype)
+        expert_rows(tokens, token_index, row_weight, tokens_per_expert, weights, rows)
+        return sum_rows(rows, token_index, len(tokens))
     result: Tensor = _ExpertLayer.apply(
         tokens, row_weight, *weights.tensors(), weights.b_in, weights.b_out,
         token_index, tokens_per_expert, weights, dtype,
     )  # fmt: skip
     return result
+
+
+def expert_rows(
+    tokens: Tensor,
+    token_index: Tensor,
+    row_weight: Tensor,
+    tokens_per_expert: Tensor,
+    weights: ExpertWeights,
+    rows: Tensor,
+) -> None:
+    """Fill `rows [R, O]` with the experts' answers times the row weights: the part of the layer before its sums.
+
+    Parts of the experts, one after the other, give the bits that all give together. Inference only; the weights
+    must be of the type of `rows`.
+    """
+    dtype = rows.dtype
+    maps = (*weights.tensors(), weights.b_in, weights.b_out)
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (tokens, *maps)):
+        raise ConfigError("experts in slots compute without gradients. Call them under torch.no_grad()")
+    for part in maps:
+        if part is not None and part.dtype != dtype:
+            raise ConfigError(
+                f"experts in slots must be of the type that is computed in, {dtype}; got {part.dtype}"
+            )
+    begin = torch.zeros(len(tokens_per_expert) + 1, dtype=torch.int64)
+    torch.cumsum(tokens_per_expert, 0, out=begin[1:])
+    saved = [
+        token_index.contiguous(),
+        begin,
+        row_weight.float().contiguous(),
+        tokens.to(dtype).contiguous(),
+        *maps,
+    ]
+    form = _Form(
+        len(tokens_per_expert), weights.sizes, weights.activation, weights.transposed, weights.interleaved
+    )
+    layer = _layer(saved, form, dtype)
+    slots = None if weights.slots is None else weights.slots.contiguous()
+    layer.slot = at(slots)
+    _LIBRARY.moekit_forward(ctypes.byref(layer), at(rows), None)
+
+
+def sum_rows(rows: Tensor, token_index: Tensor, n_tokens: int) -> Tensor:
+    """`[T, O]`, the sum of each token's rows `[R, O]`, in the order of the rows."""
+    return _sum_rows(rows, token_index.contiguous(), n_tokens)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class TopPRouter(LearnedRouter):
     distribution sharp; without it a router can answer everything with a flat distribution and all experts.
     """
 
+    elastic = frozenset({"top_k", "n_experts", "top_p"})
     supports_bias = True
 
     class Options(StrictConfig):
@@ -33,12 +34,14 @@ class TopPRouter(LearnedRouter):
     options: Options
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
-        logits = self.logits(tokens)
+        logits = self.open_only(self.logits(tokens), context)
         probs = logits.softmax(dim=-1)
-        index = self.with_bias(probs).topk(self.top_k, dim=-1).indices
+        index = self.open_only(self.with_bias(probs), context).topk(self.k_of(context), dim=-1).indices
         top = probs.gather(1, index)
-        # an expert is taken while those before it have not reached p, so the first is always taken
-        take = top.cumsum(dim=-1) - top < self.options.p
+        take = self.reaching(probs, index, context)
+        if take is None:
+            # an expert is taken while those before it have not reached p, so the first is always taken
+            take = top.cumsum(dim=-1) - top < self.options.p
         weight = top * take
         if self.options.normalize:
             weight = normalize_chosen(weight)

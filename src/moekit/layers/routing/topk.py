@@ -13,14 +13,18 @@ from moekit.config.base import StrictConfig
 from moekit.config.errors import require
 from moekit.config.moe import MoEConfig
 from moekit.kernels.routing import top_k
+from moekit.layers.elastic import Elastic
 from moekit.layers.plan import RoutingContext, RoutingPlan
 from moekit.layers.routing.base import (
     LearnedRouter,
     Router,
     normalize_chosen,
     register_router,
+    taken_only,
     weigh_chosen,
 )
+
+TAKES_ALL = frozenset({"top_k", "n_experts", "top_p"})  # of what `Elastic` sets
 
 
 class SoftmaxOptions(StrictConfig):
@@ -35,7 +39,9 @@ class SoftmaxOptions(StrictConfig):
 class ChoiceBySoftmax(Router):
     """A router that takes the K experts of the largest `logits(tokens) [T, E]`; a subclass makes the logits."""
 
+    elastic = TAKES_ALL
     supports_bias = True
+    supports_families = True
 
     class Options(SoftmaxOptions):
         """Only how to weigh."""
@@ -47,13 +53,17 @@ class ChoiceBySoftmax(Router):
         raise NotImplementedError(f"router {type(self).__name__} does not implement logits(tokens)")
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
-        logits = self.logits(tokens)
+        logits = self.open_only(self.logits(tokens), context)
+        if self.family is not None:
+            logits = self.one_per_family(logits, self.with_bias(logits.detach().softmax(dim=-1)))
         probs = logits.softmax(dim=-1)
-        index = top_k(self.with_bias(probs), self.top_k)
-        weight = weigh_chosen(probs, index, self.options.normalize)
-        return RoutingPlan.from_choices(
+        index = top_k(self.closed_too(self.with_bias(probs), logits, context), self.k_of(context))
+        take = self.reaching(probs, index, context)
+        weight = weigh_chosen(probs, index, self.options.normalize, take)
+        plan = RoutingPlan.from_choices(
             index, weight, self.n_experts, context, router_logits=logits, router_probs=probs
         )
+        return plan if take is None else taken_only(plan, index, take)
 
 
 @register_router("softmax")
@@ -74,7 +84,9 @@ class SoftmaxRouter(LearnedRouter, ChoiceBySoftmax):
 class SigmoidRouter(LearnedRouter):
     """Sigmoid scores and top-k, weights normalised over the chosen (DeepSeek-V3, arXiv 2412.19437)."""
 
+    elastic = TAKES_ALL
     supports_bias = True
+    supports_families = True
 
     class Options(StrictConfig):
         normalize: bool = Field(default=True, description="scale the chosen scores to sum to 1")
@@ -82,18 +94,24 @@ class SigmoidRouter(LearnedRouter):
     options: Options
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
-        logits = self.logits(tokens)
+        logits = self.open_only(self.logits(tokens), context)
+        if self.family is not None:
+            logits = self.one_per_family(logits, self.with_bias(logits.detach().sigmoid()))
         scores = logits.sigmoid()
-        index = top_k(self.with_bias(scores), self.top_k)
-        weight = scores.gather(1, index)
-        return RoutingPlan.from_choices(
+        index = top_k(self.closed_too(self.with_bias(scores), logits, context), self.k_of(context))
+        weight, probs = scores.gather(1, index), normalize_chosen(scores)
+        take = self.reaching(probs, index, context)
+        if take is not None:
+            weight = weight * take
+        plan = RoutingPlan.from_choices(
             index,
             normalize_chosen(weight) if self.options.normalize else weight,
             self.n_experts,
             context,
             router_logits=logits,
-            router_probs=normalize_chosen(scores),
+            router_probs=probs,
         )
+        return plan if take is None else taken_only(plan, index, take)
 
 
 @register_router("noisy_topk")
@@ -104,6 +122,7 @@ class NoisyTopKRouter(LearnedRouter):
     (eq. 8 and 9), so that the load loss has a gradient.
     """
 
+    elastic = frozenset({"top_k", "n_experts"})
     supports_bias = True
 
     def __init__(self, d_model: int, config: MoEConfig, options: StrictConfig) -> None:
@@ -120,16 +139,16 @@ class NoisyTopKRouter(LearnedRouter):
             nn.init.zeros_(self.noise_weight)
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
-        clean = self.logits(tokens)
-        load_probs = None
+        clean = self.open_only(self.logits(tokens), context)
+        load_probs, k = None, self.k_of(context)
         if self.training:
             with torch.autocast(tokens.device.type, enabled=False):
                 deviation = F.softplus(F.linear(tokens.float(), self.noise_weight.float())) + 1e-2
             noisy = clean + torch.randn_like(clean) * deviation
-            load_probs = self._load_probs(self.with_bias(clean), self.with_bias(noisy), deviation)
+            load_probs = self._load_probs(self.with_bias(clean), self.with_bias(noisy), deviation, k)
         else:
             noisy = clean
-        index = self.with_bias(noisy).topk(self.top_k, dim=-1).indices
+        index = self.with_bias(noisy).topk(k, dim=-1).indices
         weight = noisy.gather(1, index).softmax(dim=-1)
         return RoutingPlan.from_choices(
             index,
@@ -141,14 +160,17 @@ class NoisyTopKRouter(LearnedRouter):
             load_probs=load_probs,
         )
 
-    def _load_probs(self, clean: Tensor, noisy: Tensor, deviation: Tensor) -> Tensor:
-        if self.top_k >= self.n_experts:
-            return torch.ones_like(clean)
-        top = noisy.topk(self.top_k + 1, dim=-1).values
+    def _load_probs(self, clean: Tensor, noisy: Tensor, deviation: Tensor, k: int) -> Tensor:
+        is_open = clean > -torch.inf
+        if k >= int(is_open[:1].sum()):
+            return is_open.to(clean)
+        top = noisy.topk(k + 1, dim=-1).values
         inside = noisy > top[:, -1:]
         # an expert inside must stay above the (k+1)-th value, one outside must rise above the k-th
         threshold = torch.where(inside, top[:, -1:], top[:, -2:-1])
-        return torch.special.ndtr((clean - threshold) / deviation)
+        # -inf has a probability of 0 and no gradient worth the name
+        distance = (clean.masked_fill(~is_open, 0.0) - threshold) / deviation
+        return torch.special.ndtr(distance).masked_fill(~is_open, 0.0)
 
 
 @register_router("switch")
@@ -216,6 +238,7 @@ class GroupLimitedRouter(LearnedRouter):
     The value of a group is its best expert's (softmax, V2) or the sum of its two best (sigmoid, V3).
     """
 
+    elastic = frozenset({"top_k"})
     supports_bias = True
 
     class Options(StrictConfig):
@@ -238,9 +261,16 @@ class GroupLimitedRouter(LearnedRouter):
         require(opts.top_groups <= opts.n_groups, "router(group_limited).top_groups", opts.top_groups,
                 f"must be at most n_groups ({opts.n_groups})")  # fmt: skip
         room = opts.top_groups * (n // opts.n_groups)
+        self.room = room
         require(
             self.top_k <= room, "top_k", self.top_k, f"must be at most the experts in the top groups ({room})"
         )
+
+    def require_elastic(self, elastic: Elastic | None) -> None:
+        super().require_elastic(elastic)
+        k = None if elastic is None else elastic.top_k
+        require(k is None or k <= self.room, "elastic.top_k", k,
+                f"must be at most the experts in the top groups ({self.room})")  # fmt: skip
 
     def forward(self, tokens: Tensor, context: RoutingContext) -> RoutingPlan:
         opts = self.options
@@ -253,7 +283,7 @@ class GroupLimitedRouter(LearnedRouter):
         groups = best.topk(opts.top_groups, dim=-1).indices
         allowed = torch.zeros_like(best, dtype=torch.bool).scatter_(1, groups, True)
         selection = grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
-        index = selection.topk(self.top_k, dim=-1).indices
+        index = selection.topk(self.k_of(context), dim=-1).indices
         weight = scores.gather(1, index)
         return RoutingPlan.from_choices(
             index,

@@ -1,0 +1,1 @@
+"""Serving: what keeps a running model within its limits."""
