@@ -16,7 +16,7 @@ import pytest
 
 # lowest first; a folder may import from those before it
 ORDER = (
-    "config", "kernels", "layers", "models", "parallel", "data", "train", "evaluate", "explain", "generate",
+    "config", "kernels", "layers", "models", "parallel", "observe", "data", "train", "evaluate", "explain", "generate",
     "convert", "compress", "keras", "design", "serve", "recipes", "cli",
 )  # fmt: skip
 FRONT_DOOR = {"__init__.py", "__main__.py"}

@@ -85,8 +85,8 @@ def test_evaluate(moekit_command, stand_in):
         "balance": {"dead_experts": [0, 1]},
     }
 
-    def evaluate_run(folder, *, max_batches=None):
-        assert (folder, max_batches) == (Path("runs/a"), 3)
+    def evaluate_run(folder, *, max_batches=None, settings=()):
+        assert (folder, max_batches, list(settings)) == (Path("runs/a"), 3, [])
         return answer
 
     stand_in("moekit.evaluate.run", evaluate_run=evaluate_run)

@@ -143,3 +143,83 @@ def test_a_damaged_checkpoint(moekit_command, workplace, tmp_path):
     with pytest.warns(UserWarning, match="checkpoint"):
         result = moekit_command("evaluate", answer["folder"])
     assert result.code == 4
+
+
+def test_evaluate_by_number_of_experts(moekit_command, run, workplace, tmp_path):
+    answer = json.loads(moekit_command("evaluate", run, "--json", "--k", "1,2,4").out)
+    rows = answer["by_setting"]
+    assert [row["top_k"] for row in rows] == [1, 2, 4]
+    (configured,) = (row for row in rows if row["top_k"] == 2)
+    assert configured["bits_per_byte"] == answer["bits_per_byte"]["mean"]
+    assert configured["active_parameters"] == answer["active_parameters"]
+    assert configured["flops_per_token"] == answer["flops_per_token"]
+    # an expert more in each of the two layers: three matrices of 32 x 32
+    assert rows[1]["active_parameters"] - rows[0]["active_parameters"] == 2 * 3 * 32 * 32
+    assert rows[2]["flops_per_token"] - rows[1]["flops_per_token"] == 2 * (2 * 2 * 3 * 32 * 32)
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert min(row["change"] for row in rows) == 0
+    (tmp_path / "table.json").write_text(json.dumps(answer))
+    words = ("generate", run, "def", "--max-tokens", "12", "--json", "--latency-ms", "0.0001")
+    pace = json.loads(moekit_command(*words, "--table", str(tmp_path / "table.json")).out)["pace"]
+    assert pace["overloaded"]
+    assert pace["quality_cost"] is not None
+    table = moekit_command("evaluate", run, "--k", "1,2", "--max-batches", "1")
+    assert "k=1" in table.out
+    assert "bits per byte" in table.out
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"by_setting": [1]}', '{"by_setting": [{"top_k": 1}]}', '{"by_setting": 3}', "x"]
+)
+def test_tables_that_are_none(moekit_command, run, tmp_path, content):
+    (tmp_path / "table.json").write_text(content)
+    options = ("--latency-ms", "1", "--table", str(tmp_path / "table.json"))
+    result = moekit_command("generate", run, "def", "--max-tokens", "2", *options)
+    assert result.code == 2
+    assert "table.json" in result.err
+
+
+def test_a_table_of_another_model_is_refused_before_anything_is_written(moekit_command, run, tmp_path):
+    rows = [{"top_k": k, "tokens_per_second": 10 / k, "bits_per_byte": 1 / k} for k in (1, 9)]
+    (tmp_path / "table.json").write_text(json.dumps({"by_setting": rows}))
+    options = ("--latency-ms", "1", "--table", str(tmp_path / "table.json"))
+    result = moekit_command("generate", run, "def", "--max-tokens", "2", *options)
+    assert (result.code, result.out) == (2, "")
+    assert "elastic.top_k must be at most the experts to choose from (4); got 9" in result.err
+
+
+def test_generate_at_a_setting(moekit_command, run):
+    def tokens(*options):
+        return json.loads(
+            moekit_command("generate", run, "def", "--max-tokens", "20", "--json", *options).out
+        )
+
+    plain = tokens()
+    assert tokens("--top-k-experts", "2")["token_ids"] == plain["token_ids"]
+    one = tokens("--top-k-experts", "1")
+    assert one["routing"] == "k=1"
+    at_most = sorted(
+        row["flops_per_token"]
+        for row in json.loads(
+            moekit_command("evaluate", run, "--k", "1,2", "--max-batches", "1", "--json").out
+        )["by_setting"]
+    )
+    budget = tokens("--flops", str(at_most[1] - 1))  # of k = 1 and 2 it holds the first alone
+    assert (budget["routing"], budget["token_ids"]) == ("k=1", one["token_ids"])
+    assert tokens("--top-p-experts", "0.1")["token_ids"] == one["token_ids"]
+    assert tokens("--first-experts", "2")["routing"] == "n=2"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-k-experts", "5"], "elastic.top_k must be at most the experts to choose from (4); got 5"),
+        (["--flops", "10"], "no setting stays within 10 FLOPs"),
+        (["--flops", "1e9", "--top-k-experts", "1"], "exclude each other"),
+        (["--table", "run.yaml"], "Add --latency-ms"),
+    ],
+)
+def test_settings_that_cannot_be(moekit_command, run, options, message):
+    result = moekit_command("generate", run, "def", "--max-tokens", "2", *options)
+    assert result.code == 2
+    assert message in result.err

@@ -15,6 +15,7 @@ import pytest
 
 import moekit
 from moekit.cli.main import VERBS, cli
+from moekit.config.adversarial import AttackConfig
 from moekit.config.loading import apply_overrides, load_run_config
 from moekit.config.merge import MergeConfig
 from moekit.config.upcycle import UpcycleConfig
@@ -40,6 +41,8 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, capsys):
         pytest.importorskip("keras.ops", reason="Keras 3 is not installed")
     if page.stem == "control":
         pytest.importorskip("stable_baselines3", reason="the extra control is not installed")
+    if page.stem == "design":
+        pytest.importorskip("optuna", reason="the extra design is not installed")
     names: dict[str, object] = {"__name__": "page"}
     for number, body in enumerate(blocks(page, "python"), 1):
         exec(compile(body, f"{name_of(page)} block {number}", "exec"), names)
@@ -70,9 +73,9 @@ def test_moekit_commands_of_the_pages_parse(page, command):
     for word in words:
         if word.startswith("examples/"):
             assert (ROOT / word).is_file(), f"{page}: {word} does not exist"
-        elif re.match(r"[\w.]+=", word):
+        elif word != context.params.get("budget") and re.match(r"[\w.]+=", word):
             _accept_override(verb.name, word, context.params)
-    if verb.name == "explain":
+    if "key" in context.params:
         from moekit.config.explain import explain_key
 
         assert context.params["key"] == "KEY" or explain_key(context.params["key"])
@@ -80,7 +83,7 @@ def test_moekit_commands_of_the_pages_parse(page, command):
 
 def _accept_override(verb, word, params):
     """Raise where KEY=VALUE is none of the keys that the verb takes."""
-    if verb == "predict":
+    if verb in ("predict", "explain"):
         return  # the user's names of columns
     recipe = params.get("config") if verb in ("train", "validate") else params.get("name")
     if verb == "run":
@@ -88,7 +91,7 @@ def _accept_override(verb, word, params):
     if str(recipe).startswith("recipe:"):
         task_config(recipe, [word])
         return
-    own = {"upcycle": UpcycleConfig, "merge": MergeConfig}
+    own = {"upcycle": UpcycleConfig, "merge": MergeConfig, "evaluate": AttackConfig}
     if verb not in own:
         load_run_config(None, ["model.moe={}", word])
         return
@@ -135,6 +138,8 @@ def test_doctests(name):
         pytest.importorskip("keras.ops", reason="Keras 3 is not installed")
     if name == "moekit.recipes.control_policy":
         pytest.importorskip("stable_baselines3", reason="the extra control is not installed")
+    if name == "moekit.serve.dashboard.app":
+        pytest.importorskip("starlette", reason="the extra dashboard is not installed")
     module = importlib.import_module(name)
     failed, _ = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     assert failed == 0

@@ -29,10 +29,30 @@ VERBS: dict[str, tuple[str, str]] = {
         "Measure",
         "Measure a run: bits per byte per domain, speed, memory and balance; a task's metrics and experts.",
     ),
+    "explain": (
+        "Measure",
+        "Show what the experts of a run do: loads, specialisation, routes and texts on one page.",
+    ),
+    "dashboard": (
+        "Measure",
+        "Watch runs while they train and compare them, on a live page of this machine alone.",
+    ),
     "generate": ("Measure", "Continue a prompt with a trained model."),
+    "fit": (
+        "Measure",
+        "What of a model fits a memory: precision, experts that stay, experts on disk.",
+    ),
     "predict": (
         "Measure",
         "What a trained task says of an input, how sure it is, and which experts decided.",
+    ),
+    "design": (
+        "Train",
+        "Search for the experts, routers and sizes that serve a task best within a budget.",
+    ),
+    "tune": (
+        "Train",
+        "Search for the learning rate, batch size, dropout and other settings that serve a task best.",
     ),
     "recipes": ("Measure", "Tasks on real data, each by one command, against honest baselines."),
     "league": ("Measure", "Train every causal router for the same steps and rank them in one table."),

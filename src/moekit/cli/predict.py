@@ -20,10 +20,13 @@ from moekit.cli.output import json_option, print_json, progress_to_stderr
               help="name so many experts of each layer")  # fmt: skip
 @click.option("--draw", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False),
               help="write a PNG of each answer that is a picture: boxes, a mask, a generated one")  # fmt: skip
+@click.option("--record", metavar="FOLDER", type=click.Path(path_type=Path, file_okay=False),
+              help="write what routers decided of every token")  # fmt: skip
 @json_option
 def command(
-    run: Path, input: str, columns: tuple[str, ...], n_experts: int, draw: Path | None, as_json: bool
-) -> None:
+    run: Path, input: str, columns: tuple[str, ...], n_experts: int, draw: Path | None, record: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """What a trained task says of an input, how sure it is, and which experts decided.
 
     RUN is the folder of a run. INPUT is a text, a file of examples (.csv, .tsv, .jsonl, .parquet), or
@@ -37,7 +40,7 @@ def command(
         from moekit.evaluate.answers import answers_to
 
         named = dict(pair.partition("=")[::2] for pair in columns)
-        found = answers_to(run, input, named, n_experts=n_experts, draw=draw)
+        found = answers_to(run, input, named, n_experts=n_experts, draw=draw, record=record)
     if as_json:
         print_json(found)
         return

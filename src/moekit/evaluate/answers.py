@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from moekit.config.errors import ConfigError
+from moekit.config.errors import ConfigError, require
 from moekit.config.task import PatchStemConfig, WordsInput
 from moekit.data.examples import Examples
 from moekit.data.tables import SIGNALS, TABLES, read_examples, read_signal
 from moekit.data.task_data import columns_of_inputs
 from moekit.evaluate.drawing import answer_picture, save_png
 from moekit.evaluate.task import layers_of, predict, top_experts
+from moekit.observe.recorder import Recorder
+from moekit.observe.recorder import layers_of as sparse_layers
 from moekit.train.run import LoadedTask, load_task_run
 
 # of red, green and blue in what looks equally bright (ITU-R BT.601)
@@ -26,7 +28,7 @@ _WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\w+(?:[-'’.,/&]\w+)*|[^\w\s]")
 
 def answers_to(
     run: Path | str, given: str, columns: Mapping[str, str] | None = None, *, n_experts: int = 2,
-    draw: Path | None = None,
+    draw: Path | None = None, record: Path | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """What a trained task says of a text, or of each example of a file.
 
@@ -36,15 +38,25 @@ def answers_to(
         columns: the task's name of a column to the file's.
         n_experts: experts named in each layer.
         draw: a folder for a PNG of each answer that is a picture; the answer names its file as `drawn`.
+        record: a folder for the routing record of every token.
 
     Each answer has the number of its example, `answers` by target and `experts`; and `words` where a text was cut into
     words that have a tag each.
 
-    Errors: `ConfigError` where a text is given to a task that reads something else, or a column is missing.
+    Errors: `ConfigError` where a text is given to a task that reads something else, a column is missing, or the routing
+    of a model without experts is to be recorded.
     """
     loaded = load_task_run(run)
-    examples = _examples(loaded, given, columns or {})
-    found = predict(loaded.model, loaded.encoding, examples, with_experts=n_experts > 0)
+    examples = examples_given(loaded, given, columns or {})
+    recorder = None
+    if record is not None:
+        require(
+            loaded.model.moe_layers, "record", str(record), "needs a model with experts; this one is dense"
+        )
+        recorder = Recorder(sparse_layers(loaded.model), tokens=1.0, source="prediction")
+    found = predict(loaded.model, loaded.encoding, examples, with_experts=n_experts > 0, recorder=recorder)
+    if recorder is not None and record is not None:
+        recorder.record(run=loaded.folder.name, step=loaded.step, given=given).save(record)
     layers = layers_of(loaded.model)
     cut = _is_tagger(loaded) and not _is_file(given)
     if draw is not None:
@@ -73,7 +85,8 @@ def _draw(
                 answer["drawn"] = str(save_png(folder / f"{name}-{row + 1}.png", picture))
 
 
-def _examples(loaded: LoadedTask, given: str, columns: Mapping[str, str]) -> Examples:
+def examples_given(loaded: LoadedTask, given: str, columns: Mapping[str, str]) -> Examples:
+    """A text, or the examples of a file, as the task reads them; arguments and errors as of `answers_to`."""
     wanted = columns_of_inputs(loaded.config)
     if _is_file(given):
         path = Path(given)

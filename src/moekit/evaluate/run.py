@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from moekit.data.loader import evaluation_batches
 from moekit.data.prepare import PreparedData, prepare
+from moekit.evaluate.elastic import evaluate_settings
 from moekit.evaluate.metrics import (
     Setting,
     balance_summary,
@@ -16,6 +18,7 @@ from moekit.evaluate.metrics import (
     inference_speeds,
     mean_bits_per_byte,
 )
+from moekit.layers.elastic import Elastic
 from moekit.models.accounting import active_parameters, flops_per_token, total_parameters
 from moekit.train.device import resolve_device, resolve_dtype
 from moekit.train.memory import PeakMemory
@@ -26,31 +29,38 @@ GAP_BATCHES = 12
 SPEED_BATCHES = 8
 
 
-def evaluate_run(folder: Path | str, *, max_batches: int | None = None) -> dict[str, Any]:
+def evaluate_run(
+    folder: Path | str, *, max_batches: int | None = None, settings: Sequence[Elastic] = ()
+) -> dict[str, Any]:
     """Bits per byte per domain, generalisation gap, speed, memory, parameters and balance of a run, JSON-ready.
 
     Args:
         folder: the run.
         max_batches: at most this many batches of each domain.
+        settings: of the routing, to be compared in a table `by_setting`.
 
     Errors: `CheckpointError` where the folder is no run, holds no good checkpoint, or its data has changed since.
     """
     run = load_run(folder)
     data = prepare(run.config.data)
     require_same_data(run.folder, data)
-    return evaluate_loaded(run, data, max_batches)
+    return evaluate_loaded(run, data, max_batches, settings)
 
 
-def evaluate_loaded(run: LoadedRun, data: PreparedData, max_batches: int | None = None) -> dict[str, Any]:
+def evaluate_loaded(
+    run: LoadedRun, data: PreparedData, max_batches: int | None = None, settings: Sequence[Elastic] = ()
+) -> dict[str, Any]:
     """As `evaluate_run`, of a model that is loaded already, on any data in its tokens."""
     setting = setting_of(run, max_batches)
+    # first, because it refuses what the model cannot do
+    by_setting = evaluate_settings(run.model, run.config.model, data, setting, settings) if settings else []
     report = evaluate_model(run, data, setting)
     batches = islice(evaluation_batches(data.validation, setting.batch_size, setting.seq_len), SPEED_BATCHES)
     with PeakMemory(setting.device) as memory:
         speed = inference_speeds({"model": run.model}, batches, setting.device, setting.dtype)
     report["inference_tokens_per_second"] = speed["model"]
     report["peak_memory_bytes"] = memory.bytes
-    return report
+    return {**report, **({"by_setting": by_setting} if by_setting else {})}
 
 
 def setting_of(run: LoadedRun, max_batches: int | None = None) -> Setting:

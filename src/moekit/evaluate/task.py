@@ -18,6 +18,8 @@ from moekit.data.task_loader import task_batches
 from moekit.layers.plan import RoutingPlan
 from moekit.models.task_experts import Mixture
 from moekit.models.task_model import TaskModel, TaskOutput
+from moekit.observe.recorder import Recorder
+from moekit.observe.tasks import add_task
 
 BATCH = 64
 
@@ -39,7 +41,7 @@ class Predictions:
 @torch.inference_mode()
 def predict(
     model: TaskModel, encoding: Encoding, examples: Examples | EncodedExamples, *, batch_size: int = BATCH,
-    with_experts: bool = False,
+    with_experts: bool = False, recorder: Recorder | None = None,
 ) -> Predictions:  # fmt: skip
     """What the model says of examples; their answers, if they have any, are not read.
 
@@ -49,6 +51,7 @@ def predict(
         examples: columns, or what is encoded already.
         batch_size: examples at once.
         with_experts: also say which experts decided.
+        recorder: takes the routing of every token, all of its first group.
     """
     encoded = examples if isinstance(examples, EncodedExamples) else encoding.encode(examples, targets=False)
     n = len(encoded)
@@ -58,6 +61,8 @@ def predict(
     for batch in task_batches(encoded, batch_size):
         out: TaskOutput = model(batch.inputs)
         rows = batch.rows.tolist()
+        if recorder is not None:
+            add_task(recorder, batch.inputs, out, batch.rows, [0] * n)
         for name, encoder in encoding.targets.items():
             for place, row in enumerate(rows):
                 said = encoder.answers(out.answers[name], place)

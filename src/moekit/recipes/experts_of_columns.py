@@ -59,7 +59,9 @@ def columns_to_compare(config: TaskRunConfig, examples: Examples) -> list[str]:
     used = set(columns_of(config))
     for name, values in examples.columns.items():
         texts = {value for value in values if isinstance(value, str)} if name not in used else set()
-        if FEWEST <= len(texts) <= MOST and len(texts) * 5 <= len(values):
+        few = FEWEST <= len(texts) <= MOST and len(texts) * 5 <= len(values)
+        # the same under another name says nothing new
+        if few and list(values) not in [list(examples.columns[other]) for other in found]:
             found.append(name)
     return found
 

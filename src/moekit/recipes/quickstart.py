@@ -233,6 +233,8 @@ def summary_line(report: Mapping[str, Any]) -> str:
 def _curve(folder: Path) -> list[dict[str, Any]]:
     points: dict[int, dict[str, Any]] = {}
     for entry in read_metrics(folder / "metrics.jsonl"):
+        if entry["kind"] not in ("train", "validation"):  # an alarm
+            continue
         point = points.setdefault(
             entry["step"],
             {"step": entry["step"], "tokens": 0, "seconds": None, "loss": None, "validation_loss": None},

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,21 @@ from torch import Tensor
 from moekit.config.base import StrictConfig
 from moekit.config.errors import DataError
 from moekit.data.examples import Examples
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """The array of an input whose numbers can be moved a little and still mean something.
+
+    Attributes: array: its name. unit: what an epsilon of 1 is in its numbers; low, high: the smallest and largest that
+        are valid, or None; all three broadcast to an example. lengths: the array that says how many rows are real.
+    """
+
+    array: str
+    unit: Tensor
+    low: Tensor | None = None
+    high: Tensor | None = None
+    lengths: str | None = None
 
 
 class Encoded(ABC):
@@ -31,6 +47,10 @@ class Encoded(ABC):
     @abstractmethod
     def batch(self, rows: np.ndarray, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
         """The arrays of some examples; `rng` is given in training, for what is changed at random there."""
+
+    def continuous(self, valid_range: tuple[float, float] | None = None) -> Continuous | None:
+        """What can be moved a little, or None: ids cannot. `valid_range` is that of a pixel as it was given."""
+        return None
 
 
 class Encoder(ABC):
@@ -106,6 +126,31 @@ def filled(items: Sequence[np.ndarray], fill: float) -> np.ndarray:
     for row, item in enumerate(items):
         out[row, : len(item)] = item
     return out
+
+
+def pixels_of(
+    values: np.ndarray,
+    array: str,
+    mean: np.ndarray,
+    deviation: np.ndarray,
+    valid_range: tuple[float, float] | None,
+) -> Continuous:
+    """Standardised pixels `[..., C, H, W]` of `values` `[..., H, W, C]`: the unit is from black to white.
+
+    Errors: `DataError` where all pixels are equal and nothing else says what is valid.
+    """
+    if valid_range is None:
+        valid_range = (0.0, 255.0) if values.dtype == np.uint8 else (float(values.min()), float(values.max()))
+    low, high = valid_range
+    if not low < high:
+        raise DataError(
+            f"all pixels are {low:g}: they do not say what is valid. Set valid_range, as in valid_range=[0,1]"
+        )
+    unit, floor, ceiling = (
+        torch.from_numpy(np.asarray(each, np.float32)).reshape(-1, 1, 1)
+        for each in ((high - low) / deviation, (low - mean) / deviation, (high - mean) / deviation)
+    )
+    return Continuous(array, unit, floor, ceiling)
 
 
 class ExampleError(DataError):

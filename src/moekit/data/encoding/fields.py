@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from moekit.config.task import FieldsInput, FieldStemConfig, IdsInput, IdStemConfig
-from moekit.data.encoding.base import Arrays, Encoded, Encoder, require_value
+from moekit.data.encoding.base import Arrays, Continuous, Encoded, Encoder, require_value
 from moekit.data.examples import Examples
 
 
@@ -80,7 +81,7 @@ class FieldsEncoder(Encoder):
                 known_numbers = np.nan_to_num(numbers(examples, column))[:, None]
                 low, high = np.asarray(self.edges[place][:-1]), np.asarray(self.edges[place][1:])
                 filled[:, place, : len(low)] = np.clip((known_numbers - low) / (high - low), 0, 1)
-        return Arrays(numbers=values, categories=found, **more)
+        return _Fields(numbers=values, categories=found, **more)
 
     def state(self) -> dict[str, Any]:
         found = {"means": self.means, "deviations": self.deviations, "names": self.names}
@@ -89,6 +90,16 @@ class FieldsEncoder(Encoder):
     @classmethod
     def from_state(cls, config: FieldsInput, state: Mapping[str, Any]) -> FieldsEncoder:
         return cls(config, state["means"], state["deviations"], state["names"], state.get("edges", ()))
+
+
+class _Fields(Arrays):
+    """Columns as arrays; numbers are in standard deviations."""
+
+    def continuous(self, valid_range: tuple[float, float] | None = None) -> Continuous | None:
+        # shares of ranges would have to move along with their numbers
+        if self.arrays["numbers"].shape[1] == 0 or "filled" in self.arrays:
+            return None
+        return Continuous("numbers", torch.ones(1))
 
 
 class IdsEncoder(Encoder):

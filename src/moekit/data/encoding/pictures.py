@@ -23,7 +23,7 @@ from moekit.config.task_vision import (
     TubeletStemConfig,
     VideoInput,
 )
-from moekit.data.encoding.base import Arrays, Encoded, Encoder, Ragged, require_value
+from moekit.data.encoding.base import Arrays, Continuous, Encoded, Encoder, Ragged, pixels_of, require_value
 from moekit.data.encoding.targets import IGNORED, TargetEncoder
 from moekit.data.examples import Examples
 from moekit.models.boxes import kept_boxes
@@ -83,6 +83,9 @@ class _Clips(Encoded):
     def batch(self, rows: np.ndarray, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
         clips = (self.clips[rows].astype(np.float32) - self.mean) / self.deviation
         return {"clips": torch.from_numpy(np.ascontiguousarray(clips.transpose(0, 1, 4, 2, 3)))}
+
+    def continuous(self, valid_range: tuple[float, float] | None = None) -> Continuous:
+        return pixels_of(self.clips, "clips", self.mean, self.deviation, valid_range)
 
 
 def _clips(examples: Examples, column: str, shape: Sequence[int] | None) -> np.ndarray:

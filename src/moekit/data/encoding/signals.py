@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moekit.config.errors import DataError
 from moekit.config.task import AudioInput, FrameStemConfig, ImageInput, PatchStemConfig
-from moekit.data.encoding.base import Encoded, Encoder, filled, require_value
+from moekit.data.encoding.base import Continuous, Encoded, Encoder, filled, pixels_of, require_value
 from moekit.data.examples import Examples
 
 
@@ -74,6 +74,9 @@ class _Images(Encoded):
         if rng is not None and config.erase:
             pixels[_squares(images.shape, rng, config.erase)] = 0.0
         return {"pixels": torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))}
+
+    def continuous(self, valid_range: tuple[float, float] | None = None) -> Continuous:
+        return pixels_of(self.images, "pixels", self.encoder.mean, self.encoder.deviation, valid_range)
 
 
 def _moved(images: np.ndarray, rng: np.random.Generator, most: int) -> np.ndarray:
@@ -192,6 +195,9 @@ class _Sounds(Encoded):
             items = [_altered(item, self.config, longest, rng) for item in items]
         lengths = torch.tensor([len(item) for item in items])
         return {"frames": torch.from_numpy(filled(items, 0.0)), "lengths": lengths}
+
+    def continuous(self, valid_range: tuple[float, float] | None = None) -> Continuous:
+        return Continuous("frames", torch.ones(1), lengths="lengths")
 
 
 def _altered(frames: np.ndarray, config: AudioInput, longest: int, rng: np.random.Generator) -> np.ndarray:

@@ -118,6 +118,11 @@ def _asset(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
+def theme_script() -> str:
+    """The script of the button that turns a page dark, and of hover texts (`data-tip`); it wants #theme and #tip."""
+    return _asset("page.js")
+
+
 def page_style() -> str:
     """The style sheet with the colours of the charts: by the system's choice, or by the button's."""
     light, dark = css_variables(dark=False), css_variables(dark=True)
