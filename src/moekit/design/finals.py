@@ -18,11 +18,12 @@ import torch
 
 from moekit.config.atomic import write_json
 from moekit.design.front import Design, designs_of
-from moekit.design.search import Search, Stop
+from moekit.design.search import Search, stopped
 from moekit.design.study import ROWS, RUNS, read_rows
 from moekit.design.subject import Bench, Changes, Subject, changed
 from moekit.design.trial import run_trial
 from moekit.train.run import load_run, load_task_run, resume_run, train_run
+from moekit.train.stop import Stop
 
 # seeds that no trial has had
 FRESH = 1000
@@ -148,7 +149,7 @@ def make_row(bench: Bench, job: Job) -> dict[str, Any]:
         with stop.listening():
             outcome = run_trial(bench, job.changes, seed=job.seed, effort=job.effort, should_stop=stop)
         if outcome.ended == "stopped":
-            raise stop.error(job.folder)
+            raise stopped(stop, job.folder)
         found["validation"] = outcome.figures
     else:
         folder = _trained(bench, job)

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -43,6 +42,7 @@ from moekit.design.study import (
 from moekit.design.subject import Bench, Say, Subject
 from moekit.design.trial import falls_behind, latency_of, run_trial
 from moekit.train.material import TaskMaterial
+from moekit.train.stop import Stop
 
 TRIALS = 40
 # trials before the sampler looks at any, the default and the ideas among them
@@ -84,40 +84,12 @@ class Plan:
         return TRIALS if self.trials is None and self.time is None else self.trials
 
 
-class Stop:
-    """Set by SIGINT or SIGTERM, which are put back afterwards; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __call__(self) -> bool:
-        return self.signal is not None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        try:
-            previous = {each: signal.signal(each, self._note) for each in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread
-            yield
-            return
-        try:
-            yield
-        finally:
-            for each, handler in previous.items():
-                signal.signal(each, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def error(self, folder: Path) -> Interrupted:
-        found = Interrupted(
-            f"stopped; {folder} holds all that was done. Go on with the same command, or look at it: "
-            f"moekit design --report {folder}"
-        )
-        found.exit_code = 130 if self.signal == signal.SIGINT else found.exit_code
-        return found
+def stopped(stop: Stop, folder: Path) -> Interrupted:
+    """The error of a search that was interrupted."""
+    return stop.interrupted(
+        f"stopped; {folder} holds all that was done. Go on with the same command, or look at it: "
+        f"moekit design --report {folder}"
+    )
 
 
 @dataclass
@@ -358,7 +330,7 @@ def search(
                         stop.signal = signal.SIGINT if error.exit_code == 130 else signal.SIGTERM
     report = write_report(folder, subject.config)
     if stop():
-        raise stop.error(folder)
+        raise stopped(stop, folder)
     return report
 
 

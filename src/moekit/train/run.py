@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -30,7 +27,7 @@ from torch import Tensor, nn
 
 from moekit import __version__
 from moekit.config.atomic import write_json
-from moekit.config.errors import CheckpointError, ConfigError, Interrupted, require
+from moekit.config.errors import CheckpointError, ConfigError, require
 from moekit.config.loading import load_any_config, load_run_config, save_run_config
 from moekit.config.task_run import TaskRunConfig
 from moekit.config.train import RunConfig
@@ -53,6 +50,7 @@ from moekit.train.lora import add_lora, merge_lora
 from moekit.train.material import AnyRunConfig, Material, TextMaterial, material_of
 from moekit.train.observing import FOLDER, TrainingRecord
 from moekit.train.optimizer import freeze_all_but
+from moekit.train.stop import Stop
 from moekit.train.terminal import TrainingView
 from moekit.train.trackers import MetricsLog, make_trackers, read_metrics
 from moekit.train.validation import loss_over
@@ -293,7 +291,7 @@ class _Run:
         if material.tokenizer is not None:
             distillation = open_distillation(config.train.distill, material.tokenizer, open_teacher)
         torch.manual_seed(config.train.seed)
-        self.stop = _StopFlag()
+        self.stop = Stop()
         model = build_model(config.model)
         material.begin(model)
         if start is not None:
@@ -370,7 +368,9 @@ class _Run:
                     self._show(view, metrics, (train.steps - step) * per_step)
             if self.stop() and (trainer.step < train.steps or not self.validation):
                 self.save(folder)
-                raise self.stop.interrupted(folder)
+                raise self.stop.interrupted(
+                    f"stopped by {self.stop.name}; a checkpoint was written. Go on with: moekit resume {folder}"
+                )
         final = {
             "step": trainer.step,
             "tokens": trainer.tokens,
@@ -458,42 +458,6 @@ class _Run:
             note=note,
             **{k: metrics[k] for k in shown if k in metrics},
         )
-
-
-class _StopFlag:
-    """Set by SIGTERM or SIGINT; the loop looks at it after every micro-batch. A second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __call__(self) -> bool:
-        return self.signal is not None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread only
-            return
-        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def interrupted(self, folder: Path) -> Interrupted:
-        name = signal.Signals(self.signal).name if self.signal else "a request"
-        error = Interrupted(
-            f"stopped by {name}; a checkpoint was written. Go on with: moekit resume {folder}"
-        )
-        if self.signal == signal.SIGINT:
-            error.exit_code = 130
-        return error
 
 
 def with_own_tokenizer(config: RunConfig, folder: Path) -> RunConfig:
